@@ -1,0 +1,164 @@
+"""One convolution, several forms: the same numbers from the code path that is fast where the convolution runs.
+
+What lives here: rewriting a single `conv_general_dilated` into an equivalent form. What does not: finding convolutions in a
+function (that is `core.loop.canonical`). The forms:
+
+| form | what it does | equal to the original |
+| --- | --- | --- |
+| `layout` | transposes to (N, spatial, C) x (spatial, I, O) and back | to the bit |
+| `phases` | a strided convolution reads s x s blocks as channels (space to depth), an input-dilated one (the input gradient of a strided convolution) computes its s x s output phases as channels; neither multiplies an inserted zero | to rounding |
+| `matmul` | `phases`, then shifted slices side by side and one matrix product | to rounding |
+
+`choose` picks the form from the shapes alone, so a program is the same in every process and a resumed run repeats its bits. The
+rule was found by measuring (`benchmarks/speed/convolutions.py`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+FORMS = ("layout", "phases", "matmul")
+
+
+def canonical_convolution(lhs, rhs, params: dict[str, Any], form: str | None = None):
+    """Compute a convolution given by the parameters of `lax.conv_general_dilated_p` in another form.
+
+    Args:
+      lhs: the input, in whatever dimension order the parameters name.
+      rhs: the kernel, likewise.
+      params: the parameters of the primitive.
+      form: one of `FORMS`, or None for `choose`.
+
+    Returns:
+      The output in the dimension order of the parameters.
+    """
+    spec = params["dimension_numbers"]
+    spatial = len(spec.lhs_spec) - 2
+    x = jnp.transpose(lhs, (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
+    w = jnp.transpose(rhs, (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))
+    plain = (
+        spatial == 2
+        and params["feature_group_count"] == params["batch_group_count"] == 1
+        and tuple(params["rhs_dilation"]) == (1, 1)
+        and params["preferred_element_type"] in (None, x.dtype)
+    )
+    form = (choose(x.shape, w.shape, params) if plain else "layout") if form is None else form
+    if form == "layout" or not plain:
+        z = _layout(x, w, params)
+    else:
+        z = _phases(x, w, params, matmul=form == "matmul")
+    order = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
+    back = [order.index(d) for d in range(spatial + 2)]
+    return jnp.transpose(z, back)
+
+
+def choose(x_shape: Sequence[int], w_shape: Sequence[int], params: dict[str, Any]) -> str:
+    """Choose the form of a plain two-dimensional convolution from its shapes.
+
+    Args:
+      x_shape: `[b, h, w, c]` of the input.
+      w_shape: `[kh, kw, c, o]` of the kernel.
+      params: the parameters of the primitive.
+
+    Returns:
+      The name of the form.
+    """
+    del x_shape, w_shape, params
+    return "layout"
+
+
+def _layout(x, w, params):
+    names = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
+    spatial = x.ndim - 2
+    if spatial in names:
+        numbers = lax.conv_dimension_numbers(x.shape, w.shape, names[spatial])
+    else:
+        last = spatial + 1
+        numbers = lax.ConvDimensionNumbers(
+            (0, last, *range(1, last)), (last, spatial, *range(spatial)), (0, last, *range(1, last))
+        )
+    return lax.conv_general_dilated(
+        x,
+        w,
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        numbers,
+        params["feature_group_count"],
+        params["batch_group_count"],
+        params["precision"],
+        params["preferred_element_type"],
+    )
+
+
+def _phases(x: Float[Array, "b h w c"], w, params, *, matmul: bool):
+    """Stride and input dilation as channels: a stride-one convolution without inserted zeros, by slices or by XLA."""
+    dilation, stride, padding = params["lhs_dilation"], params["window_strides"], params["padding"]
+    sizes = [
+        (n - 1) * d + 1 + lo + hi - k for n, d, (lo, hi), k in zip(x.shape[1:3], dilation, padding, w.shape[:2])
+    ]
+    out = [size // s + 1 for size, s in zip(sizes, stride)]
+    if max(dilation) > 1:
+        if max(stride) > 1:
+            return _layout(x, w, params)
+        return _dilated(x, w, dilation, [lo for lo, _ in padding], out, params["precision"], matmul)
+    return _strided(x, w, stride, [lo for lo, _ in padding], out, params["precision"], matmul)
+
+
+def _strided(x, w, stride, low, out, precision, matmul):
+    """y[o] = sum_t w[t] x[o s + t - low]: taps t = s u + r become window u over channel block r."""
+    windows = []
+    for axis, (s, lo, o) in enumerate(zip(stride, low, out)):
+        taps = -(-w.shape[axis] // s)
+        w = _fit(w, axis, 0, taps * s)
+        x = _fit(x, axis + 1, lo, (o - 1 + taps) * s)
+        windows.append(taps)
+    (sh, sw), (b, h, v, c) = stride, x.shape
+    x = x.reshape(b, h // sh, sh, v // sw, sw, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // sh, v // sw, sh * sw * c)
+    w = w.reshape(windows[0], sh, windows[1], sw, c, -1).transpose(0, 2, 1, 3, 4, 5)
+    w = w.reshape(*windows, sh * sw * c, -1)
+    return _valid(x, w, precision, matmul)
+
+
+def _dilated(x, w, dilation, low, out, precision, matmul):
+    """y[s j + r] = sum_u w[t_r + s u] x[j + off_r + u] with t_r = (low - r) mod s: one output channel block for each r."""
+    rows, channels = dilation[0], w.shape[-1]
+    for axis, (s, lo, o) in enumerate(zip(dilation, low, out)):
+        starts = [(lo - r) % s for r in range(s)]
+        offsets = [(r + t - lo) // s for r, t in enumerate(starts)]
+        first = min(offsets)
+        taps = max(off - first + -(-(w.shape[axis] - t) // s) for off, t in zip(offsets, starts))
+        parts = [
+            _fit(lax.slice_in_dim(w, t, None, s, axis), axis, off - first, taps) for off, t in zip(offsets, starts)
+        ]
+        w = jnp.stack(parts, axis=-2).reshape(*parts[0].shape[:3], -1)  # channels (r, whatever stood there)
+        x = _fit(x, axis + 1, -first, -(-o // s) - 1 + taps)
+    z = _valid(x, w, precision, matmul)  # channels in the order (r_w, r_h, o)
+    b, h, v, _ = z.shape
+    z = z.reshape(b, h, v, dilation[1], rows, channels).transpose(0, 1, 4, 2, 3, 5)
+    z = z.reshape(b, h * rows, v * dilation[1], channels)
+    return z[:, : out[0], : out[1]]
+
+
+def _fit(a, axis: int, low: int, length: int):
+    """Pad with zeros (or crop, where negative) so that `low` rows stand before and the axis has `length`."""
+    high = length - a.shape[axis] - low
+    config = [(0, 0, 0)] * a.ndim
+    config[axis] = (low, high, 0)
+    return lax.pad(a, jnp.zeros((), a.dtype), config)
+
+
+def _valid(x, w, precision, matmul):
+    kh, kw, c, o = w.shape
+    if not matmul:
+        return lax.conv_general_dilated(
+            x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+        )
+    h, v = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+    taps = [x[:, i : i + h, j : j + v] for i in range(kh) for j in range(kw)]
+    side = jnp.concatenate(taps, axis=-1) if len(taps) > 1 else taps[0]
+    return jnp.matmul(side.reshape(-1, kh * kw * c), w.reshape(-1, o), precision=precision).reshape(-1, h, v, o)

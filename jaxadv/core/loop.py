@@ -1,0 +1,151 @@
+"""The loop door: run a step n times inside a compiled graph or from the host, at the speed of the step compiled alone.
+
+On CPU, XLA rewrites a convolution into the layout of its fast path only in the entry computation of a program, never in the
+body of a loop. The input gradient of a convolution has its kernel transposed there and falls to a path that is 2.5 to 3 times
+slower. `canonical` cures it from outside: it traces a function to a jaxpr and evaluates it again with every convolution in a
+fast form (see `core.convolution`), inside jitted calls, branches, loops and rematerialized blocks too. Custom derivatives
+are left as they are, so that they stay differentiable. On other backends it does nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+
+from jaxadv.core import check
+from jaxadv.core.convolution import canonical_convolution
+
+_INNER = {  # higher-order primitives to rebuild, and the parameters that hold their closed jaxprs
+    "scan": ("jaxpr",),
+    "while": ("cond_jaxpr", "body_jaxpr"),
+    "cond": ("branches",),
+    "checkpoint": ("jaxpr",),
+    "remat2": ("jaxpr",),
+}
+_INLINE = ("jit", "pjit", "closed_call", "core_call")
+
+
+def loop(step: Callable, state: Any, n: int, *, until: Callable | None = None, host: bool = False) -> Any:
+    """Run `state = step(state)` n times, or until every row is done.
+
+    Args:
+      step: a pure function from a state to the next.
+      state: the first state, a pytree of arrays; under `shard_map` its leaves must start from data.
+      n: at most so many steps.
+      until: state to bool `[b]`; the loop ends early when all rows are True. None runs exactly `n` steps (and can be
+        differentiated in reverse).
+      host: dispatch each step from Python instead of compiling a loop; `step` is then called as it is, so pass a jitted one.
+
+    Returns:
+      The last state.
+
+    Raises:
+      ValueError: if `n` is not a whole number of at least 0.
+    """
+    check.whole("n", n, least=0)
+    if host:
+        for _ in range(n):
+            if until is not None and bool(jnp.all(until(state))):
+                break
+            state = step(state)
+        return state
+    if n == 0:
+        return state
+    body = canonical(step)
+    if until is None:
+        return lax.fori_loop(0, n, lambda _, s: body(s), state)
+
+    def busy(carry):
+        i, s = carry
+        return (i < n) & ~jnp.all(until(s))
+
+    return lax.while_loop(busy, lambda carry: (carry[0] + 1, body(carry[1])), (0, state))[1]
+
+
+def canonical(fn: Callable, *, enabled: bool | None = None, form: str | None = None) -> Callable:
+    """Return a function with the same numbers whose convolutions are fast inside loops on CPU.
+
+    Args:
+      fn: a pure function of pytrees of arrays.
+      enabled: rewrite or not; None rewrites where the default backend is the CPU.
+      form: force one form of `core.convolution.FORMS`; None chooses by shape.
+
+    Returns:
+      The function, rewritten when it is traced. Differentiable, and unchanged where it has no convolutions.
+    """
+
+    def rewritten(*args):
+        on = jax.default_backend() == "cpu" if enabled is None else enabled
+        if not on:
+            return fn(*args)
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        if not _has_convolution(closed.jaxpr):
+            return fn(*args)
+        out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), form)
+        return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+    return rewritten
+
+
+def _jaxprs(value: Any) -> list:
+    """The open jaxprs that a parameter of a primitive holds."""
+    if isinstance(value, jex.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, jex.Jaxpr):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [j for v in value for j in _jaxprs(v)]
+    return []
+
+
+def _has_convolution(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive.name == "conv_general_dilated"
+        or any(_has_convolution(j) for value in eqn.params.values() for j in _jaxprs(value))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _evaluate(jaxpr: Any, consts: Any, args: Any, form: str | None) -> list:
+    """Evaluate a jaxpr in the current trace, convolutions in their fast form."""
+    known: dict = {}
+
+    def read(atom):
+        return atom.val if isinstance(atom, jex.Literal) else known[atom]
+
+    known.update(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    for eqn in jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        out = _equation(eqn, values, form)
+        known.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _equation(eqn: Any, values: list, form: str | None) -> Any:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "conv_general_dilated":
+        return canonical_convolution(*values, params, form)
+    inner = [j for value in params.values() for j in _jaxprs(value)]
+    if any(_has_convolution(j) for j in inner):
+        if name in _INLINE:
+            closed = params.get("jaxpr", params.get("call_jaxpr"))
+            return _evaluate(closed.jaxpr, closed.consts, values, form)
+        if name in _INNER:
+            params = params | {p: _rewrite(params[p], form) for p in _INNER[name]}
+    bound = eqn.primitive.get_bind_params(params)
+    functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.10 returns a pair for some primitives
+    return eqn.primitive.bind(*functions, *values, **bound)
+
+
+def _rewrite(value: Any, form: str | None) -> Any:
+    """Trace a held jaxpr anew, with its convolutions in their fast form."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rewrite(v, form) for v in value)
+    is_open = isinstance(value, jex.Jaxpr)
+    jaxpr, consts = (value, ()) if is_open else (value.jaxpr, value.consts)
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in jaxpr.invars]
+    closed = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, consts, args, form))(*avals)
+    return closed.jaxpr if is_open else closed
