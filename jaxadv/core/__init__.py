@@ -12,6 +12,7 @@ from jaxadv.core.keys import step_keys as step_keys
 from jaxadv.core.loop import canonical as canonical
 from jaxadv.core.loop import loop as loop
 from jaxadv.core.run import advance as advance
+from jaxadv.core.run import best_of as best_of
 from jaxadv.core.run import run as run
 from jaxadv.core.run import select as select
 from jaxadv.core.run import serve as serve

@@ -79,11 +79,15 @@ def inputs(x: Any, bounds: tuple[Any, Any] | None = None, name: str = "x") -> No
     """
     x = x if hasattr(x, "dtype") else np.asarray(x)
     if x.ndim < 2:
-        raise ValueError(f"{name} must be a batch of shape [b, ...]; got {_got(x)}. A single example? Pass {name}[None].")
+        raise ValueError(
+            f"{name} must be a batch of shape [b, ...]; got {_got(x)}. A single example? Pass {name}[None]."
+        )
     if x.shape[0] == 0:
         raise ValueError(f"{name} must hold at least one example; got {_got(x)}. An empty selection?")
     if not np.issubdtype(x.dtype, np.floating) and str(x.dtype) != "bfloat16":
-        raise TypeError(f"{name} must be floating point in the range of the data; got {_got(x)}. Pass {name} / 255 for bytes.")
+        raise TypeError(
+            f"{name} must be floating point in the range of the data; got {_got(x)}. Pass {name} / 255 for bytes."
+        )
     known = concrete(x)
     if known is None:
         return

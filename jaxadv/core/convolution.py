@@ -98,9 +98,7 @@ def _layout(x, w, params):
 def _phases(x: Float[Array, "b h w c"], w, params, *, matmul: bool):
     """Stride and input dilation as channels: a stride-one convolution without inserted zeros, by slices or by XLA."""
     dilation, stride, padding = params["lhs_dilation"], params["window_strides"], params["padding"]
-    sizes = [
-        (n - 1) * d + 1 + lo + hi - k for n, d, (lo, hi), k in zip(x.shape[1:3], dilation, padding, w.shape[:2])
-    ]
+    sizes = [(n - 1) * d + 1 + lo + hi - k for n, d, (lo, hi), k in zip(x.shape[1:3], dilation, padding, w.shape[:2])]
     out = [size // s + 1 for size, s in zip(sizes, stride)]
     if max(dilation) > 1:
         if max(stride) > 1:

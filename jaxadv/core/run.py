@@ -136,3 +136,37 @@ def serve(attack: Attack, key, model, x, y, *, slots: int, index=None, restart=0
                 answer[held[slot]] = rows(found, slot)
                 held[slot] = -1
     return jax.tree.map(lambda *parts: jnp.stack([jnp.asarray(p) for p in parts]), *answer)
+
+
+def best_of(attack: Attack, key, model, x, y, *, restarts: int, index=None) -> Result:
+    """Run an attack several times with randomness of its own each time, and keep the worst case of every row.
+
+    Args:
+      attack: any attack with a random start or random steps.
+      key: a typed key.
+      model: logits from a batch.
+      x: `[b, ...]` examples.
+      y: labels, `Targets`, or what else the attack's loss takes.
+      restarts: number of runs.
+      index: int `[b]` dataset indices; defaults to `arange(b)`.
+
+    Returns:
+      The best result of each row by (success, lowest score); queries and gradients are summed, flags joined.
+
+    Raises:
+      ValueError: if `restarts` is not at least 1.
+    """
+    check.whole("restarts", restarts)
+    first = run(attack, key, model, x, y, index=index)
+
+    def again(restart, best: Result) -> Result:
+        found = run(attack, key, model, x, y, index=index, restart=restart)
+        better = (found.success & ~best.success) | ((found.success == best.success) & (found.score < best.score))
+        kept: Result = select(better, found, best)
+        return kept._replace(
+            queries=best.queries + found.queries,
+            grads=best.grads + found.grads,
+            flags={name: best.flags[name] | found.flags[name] for name in best.flags},
+        )
+
+    return jax.lax.fori_loop(1, restarts, again, first)

@@ -1,0 +1,10 @@
+"""Sets of inputs that an attacker may present: norm balls inside the range of the data, and their unions."""
+
+from jaxadv.threats.balls import THREATS as THREATS
+from jaxadv.threats.balls import Ball as Ball
+from jaxadv.threats.balls import Union as Union
+from jaxadv.threats.balls import l0 as l0
+from jaxadv.threats.balls import l1 as l1
+from jaxadv.threats.balls import l2 as l2
+from jaxadv.threats.balls import linf as linf
+from jaxadv.threats.balls import union as union
