@@ -1,4 +1,8 @@
-"""Test-wide settings: eight CPU devices, shape and type checks on, implicit promotion of ranks refused."""
+"""Test-wide settings: eight CPU devices, shape and type checks on, implicit promotion of ranks refused.
+
+Also two house rules: laws and spine carry the mark `corner`, and with `--strict-durations` a test that computes for more than
+five seconds without the mark `slow` fails the run.
+"""
 
 import os
 
@@ -8,11 +12,17 @@ from jaxtyping import install_import_hook
 
 _HOOK = install_import_hook("jaxadv", "beartype.beartype")  # wraps every module of the package as it is imported
 
+import time
+from pathlib import Path
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+HERE = Path(__file__).resolve().parent
+CORNER = ("laws", "core", "test_layout.py", "test_public.py", "test_spine.py")
 
 
 @pytest.fixture
@@ -28,3 +38,71 @@ def data_root():
     if not root:
         pytest.skip("needs real data: set JAXADV_DATA to a folder with mnist/ and cifar10_jpeg/")
     return root
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--strict-durations",
+        nargs="?",
+        const=5.0,
+        default=None,
+        type=float,
+        metavar="SECONDS",
+        help="fail the run if a test without the mark slow computes for longer (5 if no number is given)",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    for item in items:
+        path = Path(item.path)
+        if path.is_relative_to(HERE) and path.relative_to(HERE).parts[0] in CORNER:
+            item.add_marker(pytest.mark.corner)
+
+
+def _seconds():
+    """Wall clock, and processor time of this process and its finished children."""
+    used = os.times()
+    return time.perf_counter(), used.user + used.system + used.children_user + used.children_system
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    before = _seconds()
+    yield
+    # The smaller of the two: a busy machine stretches the wall clock, several threads the processor time.
+    spent = min(after - start for after, start in zip(_seconds(), before))
+    item.user_properties.append(("seconds", spent))
+
+
+def pytest_configure(config):
+    config.stash[_LONG] = []
+    config.pluginmanager.register(_Durations(config), "durations-of-house")
+
+
+_LONG = pytest.StashKey[list[tuple[float, str]]]()
+
+
+class _Durations:
+    """Collects the tests that were too long; works in the process that reports, with or without workers."""
+
+    def __init__(self, config):
+        self.config = config
+        self.limit = config.getoption("--strict-durations")
+
+    def pytest_runtest_logreport(self, report):
+        spent = dict(report.user_properties).get("seconds", 0.0)
+        if self.limit is not None and report.when == "call" and "slow" not in report.keywords and spent > self.limit:
+            self.config.stash[_LONG].append((spent, report.nodeid))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session):
+        if self.config.stash[_LONG] and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if not self.config.stash[_LONG]:
+            return
+        terminalreporter.section("too long without the mark slow", red=True)
+        for spent, name in sorted(self.config.stash[_LONG], reverse=True):
+            terminalreporter.write_line(f"{spent:6.1f} s (limit {self.limit:g} s)  {name}")
