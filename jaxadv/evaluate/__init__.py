@@ -1,0 +1,32 @@
+"""Clean and robust accuracy with intervals, red flags and reports. The module is itself the function: `jaxadv.evaluate(...)`."""
+
+import inspect
+import sys
+import types
+
+from jaxadv.evaluate import engine
+from jaxadv.evaluate.engine import PROTOCOLS as PROTOCOLS
+from jaxadv.evaluate.engine import TARGET_RULES as TARGET_RULES
+from jaxadv.evaluate.engine import Stage as Stage
+from jaxadv.evaluate.engine import Verdict as Verdict
+from jaxadv.evaluate.engine import logits_of as logits_of
+from jaxadv.evaluate.engine import survivors as survivors
+from jaxadv.evaluate.engine import verify as verify
+from jaxadv.evaluate.flags import FLAGS as FLAGS
+from jaxadv.evaluate.flags import Flag as Flag
+from jaxadv.evaluate.intervals import clopper_pearson as clopper_pearson
+from jaxadv.evaluate.report import SCHEMA as SCHEMA
+from jaxadv.evaluate.report import ModelReport as ModelReport
+from jaxadv.evaluate.report import Report as Report
+from jaxadv.evaluate.report import load as load
+from jaxadv.evaluate.report import merge as merge
+
+
+class _Room(types.ModuleType):
+    """A module that can be called: `jaxadv.evaluate(key, model, x, y, threat)`."""
+
+    __call__ = staticmethod(engine.evaluate)
+
+
+__signature__ = inspect.signature(engine.evaluate)
+sys.modules[__name__].__class__ = _Room
