@@ -1,8 +1,9 @@
 """Per-example losses of attacks and of training, all of the form `loss(logits [b, k], y) -> [b]`.
 
-Sign convention: an attack loss is what the attacker **minimizes**. Papers print the opposite ("bigger is more adversarial"); the
-conversion happens here, once. Margin losses are below zero exactly where the prediction is wrong. Given `core.Targets` in the place
-of labels, a label loss is negated at the target: minimizing it moves toward the target class.
+Sign convention: an attack loss is what the attacker **minimizes**. Papers print the opposite ("bigger is more
+adversarial"); the conversion happens here, once. Margin losses are below zero exactly where the prediction is wrong.
+Given `core.Targets` in the place of labels, a label loss is negated at the target: minimizing it moves toward the
+target class.
 
 What does not live here: anything that reduces over the batch, and verdicts (see `core.robust`).
 """
@@ -106,7 +107,8 @@ def dlr(logits: Float[Array, "b k"], y: Any) -> Float[Array, " b"]:
 
     Args:
       logits: `[b, k]` with `k >= 3`; `z_(i)` is the i-th largest.
-      y: int `[b]` labels, or `Targets` (then the negative at the target; the paper's own targeted form is `dlr_targeted`).
+      y: int `[b]` labels, or `Targets` (then the negative at the target; the paper's own targeted form is
+        `dlr_targeted`).
 
     Returns:
       `[b]`, what the attacker minimizes; at most 1.

@@ -1,12 +1,12 @@
 """One engine for attacks that follow the gradient: FGSM, R+FGSM, BIM, PGD and MI-FGSM are wirings of it.
 
-A step: the gradient of the loss at the current point, through an optax transformation (momentum, normalization, Adam; `vmap`-ped,
-so that rows share nothing), to the steepest direction of the threat, times the step size, projected. Targeted attack: `Targets` in
-the place of labels. Another norm: another threat. Radius sweep: `jax.vmap` over `eps`. Restarts: `best_of`. EOT, BPDA and
-ensembles: another model.
+A step: the gradient of the loss at the current point, through an optax transformation (momentum, normalization, Adam;
+`vmap`-ped, so that rows share nothing), to the steepest direction of the threat, times the step size, projected.
+Targeted attack: `Targets` in the place of labels. Another norm: another threat. Radius sweep: `jax.vmap` over `eps`.
+Restarts: `best_of`. EOT, BPDA and ensembles: another model.
 
-Bookkeeping: the clean point counts as a candidate, so an attack never does worse than nothing; the best point is the first by
-(fails, lowest criterion); success is judged in the end by asking the model again at the returned point.
+Bookkeeping: the clean point counts as a candidate, so an attack never does worse than nothing; the best point is the
+first by (fails, lowest criterion); success is judged in the end by asking the model again at the returned point.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
-from jaxadv.core import Attack, Result, Threat, check, is_labels, pytree, robust, select, static, step_keys
+from jaxadv.core import Attack, Result, Threat, check, is_labels, pytree, robust, select, static
 
 STARTS = ("zero", "random", "sign")
 
@@ -93,7 +93,8 @@ class GradientAttack(Attack):
         dead = jnp.all(grad == 0, axis=axes) | ~jnp.all(jnp.isfinite(grad), axis=axes)
         rise = -jnp.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
         state = self._remember(state, score, broken)
-        rise, opt = jax.vmap(self.transform.update)(rise, state.opt, state.point)
+        update: Callable[..., Any] = jax.vmap(self.transform.update)
+        rise, opt = update(rise, state.opt, state.point)
         if self.steep:
             rise = self.threat.steepest(self._movable(rise, state.point))
         size = self.step_size if self.schedule is None else self.step_size * jax.vmap(self.schedule)(state.step)
@@ -204,14 +205,17 @@ def pgd(
     Args:
       threat: the allowed set.
       steps: number of gradient steps.
-      step_size: length of a step in the norm of the threat, a number, `[b]` or traced; `2.5 eps / steps` by default (Madry et al.:
-        the step can cross the ball).
-      loss: what to minimize, `(logits, y) -> [b]`; a module-level function, so that equal attacks share one compiled program.
+      step_size: length of a step in the norm of the threat, a number, `[b]` or traced; `2.5 eps / steps` by
+        default (Madry et al.: the steps together can cross the ball).
+      loss: what to minimize, `(logits, y) -> [b]`; a module-level function, so that equal attacks share one compiled
+        program.
       criterion: what the best point is chosen by; success never depends on it.
       start: `"random"`, `"zero"`, or `"sign"` (half a budget along random signs).
       early: stop a row once it is broken.
-      keep: `"best"` point seen, the clean one included, or `"last"` point, as in training (spends no extra forward pass).
-      transform: optax transformation of the gradient before the steepest direction, `vmap`-ped over rows; a module-level object.
+      keep: `"best"` point seen, the clean one included, or `"last"` point, as in training (spends no extra forward
+        pass).
+      transform: optax transformation of the gradient before the steepest direction, `vmap`-ped over rows; a
+        module-level object.
       steep: take the steepest direction of the threat; False uses the transformed gradient as it is (Adam).
       schedule: step number to a factor of the step size.
       name: enters the random keys.
@@ -223,8 +227,8 @@ def pgd(
       ValueError: on unknown settings, or `steps` or a known `step_size` that is not positive.
 
     References:
-      Madry et al. 2018, Towards deep learning models resistant to adversarial attacks, sec. 2.1, arXiv:1706.06083. Differs from the
-      authors' code: keeps the best point instead of the last one unless `keep="last"`.
+      Madry et al. 2018, Towards deep learning models resistant to adversarial attacks, sec. 2.1, arXiv:1706.06083.
+      Differs from the authors' code: keeps the best point instead of the last one unless `keep="last"`.
     """
     check.whole("steps", steps)
     check.choice("start", start, STARTS)
@@ -269,8 +273,8 @@ def fgsm(
       The attack.
 
     References:
-      Goodfellow et al. 2015, Explaining and harnessing adversarial examples, sec. 4, arXiv:1412.6572. With `start="random"` and
-      `step_size=1.25 * eps` it is the step of Wong et al. 2020 (FGSM-RS), arXiv:2001.03994.
+      Goodfellow et al. 2015, Explaining and harnessing adversarial examples, sec. 4, arXiv:1412.6572. With
+      `start="random"` and `step_size=1.25 * eps` it is the step of Wong et al. 2020 (FGSM-RS), arXiv:2001.03994.
     """
     return pgd(threat, **{"steps": 1, "step_size": threat.eps, "start": "zero", "loss": loss, "name": name} | settings)
 
@@ -306,8 +310,8 @@ def bim(threat: Threat, *, steps: int = 10, name: str = "bim", **settings: Any) 
       The attack.
 
     References:
-      Kurakin et al. 2017, Adversarial examples in the physical world, sec. 2.2, arXiv:1607.02533. The authors tie step size and
-      number of steps to 8-bit images; here both are arguments.
+      Kurakin et al. 2017, Adversarial examples in the physical world, sec. 2.2, arXiv:1607.02533. The authors tie step
+      size and number of steps to 8-bit images; here both are arguments.
     """
     return pgd(threat, **{"steps": steps, "start": "zero", "name": name} | settings)
 

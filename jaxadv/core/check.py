@@ -1,15 +1,15 @@
 """Argument checks with one voice: what must hold; what was got; the usual cause or fix.
 
-Shapes, dtypes and static settings are refused at trace time. Values are looked at only when they are concrete: under `jit` they
-become flags in results and reports, never errors inside compiled code.
+Shapes, dtypes and static settings are refused at trace time. Values are looked at only when they are concrete: under
+`jit` they become flags in results and reports, never errors inside compiled code.
 """
 
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def concrete(value: Any) -> np.ndarray | None:
@@ -21,7 +21,7 @@ def concrete(value: Any) -> np.ndarray | None:
     Returns:
       The array, or None under a transformation.
     """
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    return None if isinstance(value, Tracer) else np.asarray(value)
 
 
 def _got(value: Any) -> str:
@@ -60,7 +60,7 @@ def labels(y: Any, batch: int | None = None, classes: int | None = None, name: s
         low, high = int(known.min()), int(known.max())
         if low < 0 or high >= classes:
             raise ValueError(
-                f"{name} must lie in [0, {classes}) for a model with {classes} classes; got labels from {low} to {high}. "
+                f"{name} must lie in [0, {classes}) for a model of {classes} classes; got labels {low} to {high}. "
                 "Labels that start at 1, or another data set than the model was trained on?"
             )
 
@@ -101,8 +101,9 @@ def inputs(x: Any, bounds: tuple[Any, Any] | None = None, name: str = "x") -> No
         return
     if np.any(known < least) or np.any(known > most):
         raise ValueError(
-            f"{name} must lie within bounds [{float(least.min()):g}, {float(most.max()):g}]; got values from {low:g} to {high:g}. "
-            "Pass the data before any normalization (normalization belongs inside the model), or give the threat its bounds."
+            f"{name} must lie within bounds [{float(least.min()):g}, {float(most.max()):g}]; "
+            f"got values from {low:g} to {high:g}. "
+            "Pass the data before any normalization (it belongs inside the model), or give the threat its bounds."
         )
 
 

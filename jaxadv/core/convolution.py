@@ -1,16 +1,19 @@
 """One convolution, several forms: the same numbers from the code path that is fast where the convolution runs.
 
-What lives here: rewriting a single `conv_general_dilated` into an equivalent form. What does not: finding convolutions in a
-function (that is `core.loop.canonical`). The forms:
+What lives here: rewriting a single `conv_general_dilated` into an equivalent form. What does not: finding convolutions
+in a function (that is `core.loop.canonical`). The forms:
 
 | form | what it does | equal to the original |
 | --- | --- | --- |
 | `layout` | transposes to (N, spatial, C) x (spatial, I, O) and back | to the bit |
-| `phases` | a strided convolution reads s x s blocks as channels (space to depth), an input-dilated one (the input gradient of a strided convolution) computes its s x s output phases as channels; neither multiplies an inserted zero | to rounding |
-| `matmul` | `phases`, then shifted slices side by side and one matrix product | to rounding |
+| `phases` | computes stride and input dilation as channels, without inserted zeros | to rounding |
 
-`choose` picks the form from the shapes alone, so a program is the same in every process and a resumed run repeats its bits. The
-rule was found by measuring (`benchmarks/speed/convolutions.py`).
+`phases` turns a convolution of stride s into one of stride 1 over s x s blocks read as channels (space to depth), and
+an input-dilated one (the input gradient of a strided convolution) into one that computes its s x s output phases as
+channels.
+
+`choose` picks the form from the shapes alone, so a program is the same in every process and a resumed run repeats its
+bits. The rule was found by measuring (`benchmarks/speed/convolutions.py`).
 """
 
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-FORMS = ("layout", "phases", "matmul")
+FORMS = ("layout", "phases")
 
 
 def canonical_convolution(lhs, rhs, params: dict[str, Any], form: str | None = None):
@@ -49,7 +52,7 @@ def canonical_convolution(lhs, rhs, params: dict[str, Any], form: str | None = N
     if form == "layout" or not plain:
         z = _layout(x, w, params)
     else:
-        z = _phases(x, w, params, matmul=form == "matmul")
+        z = _phases(x, w, params)
     order = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
     back = [order.index(d) for d in range(spatial + 2)]
     return jnp.transpose(z, back)
@@ -66,8 +69,10 @@ def choose(x_shape: Sequence[int], w_shape: Sequence[int], params: dict[str, Any
     Returns:
       The name of the form.
     """
-    del x_shape, w_shape, params
-    return "layout"
+    _, height, width, channels = x_shape
+    if max(params["lhs_dilation"]) > 1:
+        return "phases" if height * width >= channels and w_shape[-1] >= 4 else "layout"
+    return "phases" if max(params["window_strides"]) > 1 and channels <= 4 else "layout"
 
 
 def _layout(x, w, params):
@@ -95,19 +100,19 @@ def _layout(x, w, params):
     )
 
 
-def _phases(x: Float[Array, "b h w c"], w, params, *, matmul: bool):
-    """Stride and input dilation as channels: a stride-one convolution without inserted zeros, by slices or by XLA."""
+def _phases(x: Float[Array, "b h w c"], w, params):
+    """Stride or input dilation as channels: a stride-one convolution without inserted zeros."""
     dilation, stride, padding = params["lhs_dilation"], params["window_strides"], params["padding"]
     sizes = [(n - 1) * d + 1 + lo + hi - k for n, d, (lo, hi), k in zip(x.shape[1:3], dilation, padding, w.shape[:2])]
     out = [size // s + 1 for size, s in zip(sizes, stride)]
     if max(dilation) > 1:
         if max(stride) > 1:
             return _layout(x, w, params)
-        return _dilated(x, w, dilation, [lo for lo, _ in padding], out, params["precision"], matmul)
-    return _strided(x, w, stride, [lo for lo, _ in padding], out, params["precision"], matmul)
+        return _dilated(x, w, dilation, [lo for lo, _ in padding], out, params["precision"])
+    return _strided(x, w, stride, [lo for lo, _ in padding], out, params["precision"])
 
 
-def _strided(x, w, stride, low, out, precision, matmul):
+def _strided(x, w, stride, low, out, precision):
     """y[o] = sum_t w[t] x[o s + t - low]: taps t = s u + r become window u over channel block r."""
     windows = []
     for axis, (s, lo, o) in enumerate(zip(stride, low, out)):
@@ -119,11 +124,11 @@ def _strided(x, w, stride, low, out, precision, matmul):
     x = x.reshape(b, h // sh, sh, v // sw, sw, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // sh, v // sw, sh * sw * c)
     w = w.reshape(windows[0], sh, windows[1], sw, c, -1).transpose(0, 2, 1, 3, 4, 5)
     w = w.reshape(*windows, sh * sw * c, -1)
-    return _valid(x, w, precision, matmul)
+    return _valid(x, w, precision)
 
 
-def _dilated(x, w, dilation, low, out, precision, matmul):
-    """y[s j + r] = sum_u w[t_r + s u] x[j + off_r + u] with t_r = (low - r) mod s: one output channel block for each r."""
+def _dilated(x, w, dilation, low, out, precision):
+    """y[s j + r] = sum_u w[t_r + s u] x[j + off_r + u], t_r = (low - r) mod s: one output channel block for each r."""
     rows, channels = dilation[0], w.shape[-1]
     for axis, (s, lo, o) in enumerate(zip(dilation, low, out)):
         starts = [(lo - r) % s for r in range(s)]
@@ -135,7 +140,7 @@ def _dilated(x, w, dilation, low, out, precision, matmul):
         ]
         w = jnp.stack(parts, axis=-2).reshape(*parts[0].shape[:3], -1)  # channels (r, whatever stood there)
         x = _fit(x, axis + 1, -first, -(-o // s) - 1 + taps)
-    z = _valid(x, w, precision, matmul)  # channels in the order (r_w, r_h, o)
+    z = _valid(x, w, precision)  # channels in the order (r_w, r_h, o)
     b, h, v, _ = z.shape
     z = z.reshape(b, h, v, dilation[1], rows, channels).transpose(0, 1, 4, 2, 3, 5)
     z = z.reshape(b, h * rows, v * dilation[1], channels)
@@ -150,13 +155,7 @@ def _fit(a, axis: int, low: int, length: int):
     return lax.pad(a, jnp.zeros((), a.dtype), config)
 
 
-def _valid(x, w, precision, matmul):
-    kh, kw, c, o = w.shape
-    if not matmul:
-        return lax.conv_general_dilated(
-            x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
-        )
-    h, v = x.shape[1] - kh + 1, x.shape[2] - kw + 1
-    taps = [x[:, i : i + h, j : j + v] for i in range(kh) for j in range(kw)]
-    side = jnp.concatenate(taps, axis=-1) if len(taps) > 1 else taps[0]
-    return jnp.matmul(side.reshape(-1, kh * kw * c), w.reshape(-1, o), precision=precision).reshape(-1, h, v, o)
+def _valid(x, w, precision):
+    return lax.conv_general_dilated(
+        x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+    )

@@ -39,8 +39,8 @@ def _known(*values: Any) -> bool:
 def feasible(threat: Threat, point, x) -> Any:
     """Decide whether points are allowed: `size <= eps + tolerance`, and inside the bounds exactly.
 
-    Given concrete numpy arrays the size is computed in float64, which is how evaluation and reports decide. Under a transformation
-    it is computed in the dtype of the arrays.
+    Given concrete numpy arrays the size is computed in float64, which is how evaluation and reports decide. Under a
+    transformation it is computed in the dtype of the arrays.
 
     Args:
       threat: the allowed set.

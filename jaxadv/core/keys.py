@@ -1,7 +1,7 @@
 """Random keys that belong to examples, not to places in a batch.
 
-`key -> crc32(attack name) -> dataset index -> restart -> step`: the randomness of an example is the same whatever batch, order,
-padding, device or resumed process it is computed in.
+`key -> crc32(attack name) -> dataset index -> restart -> step`: the randomness of an example is the same whatever
+batch, order, padding, device or resumed process it is computed in.
 """
 
 import zlib

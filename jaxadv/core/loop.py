@@ -1,10 +1,10 @@
 """The loop door: run a step n times inside a compiled graph or from the host, at the speed of the step compiled alone.
 
-On CPU, XLA rewrites a convolution into the layout of its fast path only in the entry computation of a program, never in the
-body of a loop. The input gradient of a convolution has its kernel transposed there and falls to a path that is 2.5 to 3 times
-slower. `canonical` cures it from outside: it traces a function to a jaxpr and evaluates it again with every convolution in a
-fast form (see `core.convolution`), inside jitted calls, branches, loops and rematerialized blocks too. Custom derivatives
-are left as they are, so that they stay differentiable. On other backends it does nothing.
+On CPU, XLA rewrites a convolution into the layout of its fast path only in the entry computation of a program, never in
+the body of a loop. The input gradient of a convolution has its kernel transposed there and falls to a path that is 2.5
+to 3 times slower. `canonical` cures it from outside: it traces a function to a jaxpr and evaluates it again with every
+convolution in a fast form (see `core.convolution`), inside jitted calls, branches, loops and rematerialized blocks too.
+Custom derivatives are left as they are, so that they stay differentiable. On other backends it does nothing.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,8 @@ def loop(step: Callable, state: Any, n: int, *, until: Callable | None = None, h
       n: at most so many steps.
       until: state to bool `[b]`; the loop ends early when all rows are True. None runs exactly `n` steps (and can be
         differentiated in reverse).
-      host: dispatch each step from Python instead of compiling a loop; `step` is then called as it is, so pass a jitted one.
+      host: dispatch each step from Python instead of compiling a loop; `step` is then called as it is, so pass a jitted
+        one.
 
     Returns:
       The last state.
@@ -127,7 +128,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any, form: str | None) -> list:
 def _equation(eqn: Any, values: list, form: str | None) -> Any:
     name, params = eqn.primitive.name, eqn.params
     if name == "conv_general_dilated":
-        return canonical_convolution(*values, params, form)
+        return canonical_convolution(values[0], values[1], params, form)
     inner = [j for value in params.values() for j in _jaxprs(value)]
     if any(_has_convolution(j) for j in inner):
         if name in _INLINE:
@@ -146,6 +147,7 @@ def _rewrite(value: Any, form: str | None) -> Any:
         return type(value)(_rewrite(v, form) for v in value)
     is_open = isinstance(value, jex.Jaxpr)
     jaxpr, consts = (value, ()) if is_open else (value.jaxpr, value.consts)
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in jaxpr.invars]
+    held: list[Any] = [v.aval for v in jaxpr.invars]
+    avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in held]
     closed = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, consts, args, form))(*avals)
     return closed.jaxpr if is_open else closed

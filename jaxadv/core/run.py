@@ -1,7 +1,7 @@
 """From an attack's four functions to an answer: the derived `run`, and the slot driver that serves a queue.
 
-Both drivers obey the same two rules, so their answers are the same: a row that is done is never stepped again, and a row's
-randomness comes from its dataset index.
+Both drivers obey the same two rules, so their answers are the same: a row that is done is never stepped again, and a
+row's randomness comes from its dataset index.
 """
 
 import jax
@@ -67,7 +67,7 @@ def run(attack: Attack, key, model, x, y, *, index=None, restart=0) -> Result:
       ValueError: on inputs of a wrong shape, empty, or (when known now) outside the threat's bounds.
       TypeError: on integer inputs or labels that are not integers.
     """
-    check.inputs(x, attack.threat.bounds if hasattr(attack, "threat") else None)
+    check.inputs(x, attack.threat.bounds)
     x = jnp.asarray(x)
     index = jnp.arange(x.shape[0], dtype=jnp.int32) if index is None else jnp.asarray(index, jnp.int32)
     if index.shape != (x.shape[0],):
@@ -84,7 +84,8 @@ def run(attack: Attack, key, model, x, y, *, index=None, restart=0) -> Result:
 def serve(attack: Attack, key, model, x, y, *, slots: int, index=None, restart=0) -> Result:
     """Run an attack on a queue of examples with a fixed number of slots, refilling a slot when its row is done.
 
-    A small host-driven driver that shows what the protocol promises: the answer of `run`, whatever the slots hold beside a row.
+    A small host-driven driver that shows what the protocol promises: the answer of `run`, whatever the slots hold
+    beside a row.
 
     Args:
       attack: any attack.

@@ -1,15 +1,16 @@
 """The value types that all rooms share: models, trainables, threats, attacks and their results.
 
-What lives here: shapes of data and the five-function protocol of an attack. What does not: any arithmetic of attacks, threats
-or losses. The one rule behind every type: *a row of the batch lives alone*. Each leaf of an attack's state and of a result
-carries the batch on its first axis, so rows can be refilled, padded, reordered and moved between devices.
+What lives here: shapes of data and the five-function protocol of an attack. What does not: any arithmetic of attacks,
+threats or losses. The one rule behind every type: *a row of the batch lives alone*. Each leaf of an attack's state and
+of a result carries the batch on its first axis, so rows can be refilled, padded, reordered and moved between devices.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Model = jax.tree_util.Partial
@@ -19,6 +20,7 @@ PyTree = Any
 _T = TypeVar("_T")
 
 
+@dataclass_transform(frozen_default=True, eq_default=False)
 def pytree(cls: type[_T]) -> type[_T]:
     """Make a frozen dataclass a pytree; fields declared with `static()` become part of its structure.
 
@@ -58,8 +60,8 @@ class Trainable(NamedTuple):
     | `'train'` | of the batch | updated |
     | `'local'` | of the batch | unchanged |
 
-    Batch statistics are global over `axis_name` (a mapped axis, or None) unless `bn_groups` > 1 asks for groups; rows whose
-    `mask` is False stay out of them. `key` feeds dropout and other noise; None means none.
+    Batch statistics are global over `axis_name` (a mapped axis, or None) unless `bn_groups` > 1 asks for groups; rows
+    whose `mask` is False stay out of them. `key` feeds dropout and other noise; None means none.
     """
 
     apply: Callable[..., tuple[Array, PyTree]]
@@ -82,8 +84,8 @@ class Result(NamedTuple):
 
     Attributes:
       x: `[b, ...]` the returned points, feasible and in the range of the data.
-      score: `[b]` the value of the attack's criterion at `x`, lower is worse for the model. It orders candidates and decides
-        nothing; a non-finite score ranks as minus infinity.
+      score: `[b]` the value of the attack's criterion at `x`, lower is worse for the model. It orders candidates and
+        decides nothing; a non-finite score ranks as minus infinity.
       success: `[b]` whether the model, asked again in float32 at `x`, fails there (see `core.robust`).
       size: `[b]` the size of the perturbation in the norm of the threat.
       queries: `[b]` forward passes that the search spent on this row.
@@ -104,13 +106,14 @@ class Result(NamedTuple):
 class Threat:
     """The set of inputs that an attacker may present in place of `x`. All functions are batched, first axis `[b]`.
 
-    A threat is a pytree: `eps` (the budget, in units of `x`, scalar or `[b]`) and `bounds` (lowest and highest value of a
-    feature) are data, so that new budgets do not recompile and may be traced.
+    A threat is a pytree: `eps` (the budget, in units of `x`, scalar or `[b]`) and `bounds` (lowest and highest value of
+    a feature) are data, so that new budgets do not recompile and may be traced.
 
     | member | promise |
     | --- | --- |
     | `project(point, x)` | a feasible point near `point`; feasible points stay where they are |
     | `size(point, x)` | `[b]` perturbation in the norm of the threat; numpy float64 in gives float64 out |
+    | `budget(x)` | the largest size that counts as feasible, rounding included |
     | `contains(point, x)` | `[b]` feasibility as `core.feasible` defines it |
     | `sample(keys, x)` | a random feasible point, one typed key for each row |
     | `steepest(grad)` | the direction of size one that raises the linear function `grad` the most |
@@ -127,6 +130,10 @@ class Threat:
     def size(self, point, x):
         """Return the size `[b]` of the perturbation `point - x`."""
         raise TypeError(f"{type(self).__name__} must define size")
+
+    def budget(self, x, xp: Any = jnp) -> Any:
+        """Return the largest size that counts as feasible: `eps` and the rounding that `core.tolerance` allows."""
+        raise TypeError(f"{type(self).__name__} must define budget")
 
     def contains(self, point, x):
         """Return `[b]`, whether each point is allowed."""
@@ -146,20 +153,22 @@ class Threat:
 class Attack:
     """A search for a failing input: four pure functions over a state whose every leaf is `[b, ...]`.
 
-    Subclasses are frozen dataclass pytrees (`core.pytree`); budgets and step sizes are leaves, so one compiled program serves
-    all of them. A new subclass is for a new *kind of step*; everything else is an argument.
+    Subclasses are frozen dataclass pytrees (`core.pytree`); budgets and step sizes are leaves, so one compiled program
+    serves all of them. A new subclass is for a new *kind of step*; everything else is an argument.
 
     | member | promise |
     | --- | --- |
+    | `threat` | the allowed set, data |
     | `name` | static; enters the keys, so two attacks never share randomness |
     | `max_steps` | static; a row is done after at most so many steps |
     | `init(keys, model, x, y)` | the state before the first step; one typed key for each row |
-    | `step(state, model, x, y)` | one step of every row; rows that are done may be stepped too, the driver discards it |
+    | `step(state, model, x, y)` | one step of every row; what it does to rows that are done is discarded |
     | `done(state)` | `[b]`, whether a row needs no more steps |
     | `result(state, model, x, y)` | the answer, verified by asking the model again at the returned point |
     | `early` | static; whether a row may be done before `max_steps` |
     """
 
+    threat: Threat
     name: str
     max_steps: int
     early: bool
@@ -188,4 +197,4 @@ class Attack:
 
 
 Objective = Callable[[Callable, PyTree, PyTree, dict[str, Array], Array], tuple[Array, tuple[PyTree, dict[str, Array]]]]
-"""`(apply, params, state, batch, key) -> (losses [b], (state, metrics))`: what training minimizes, example by example."""
+"""`(apply, params, state, batch, key) -> (losses [b], (state, metrics))`: what training minimizes."""

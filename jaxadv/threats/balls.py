@@ -1,8 +1,8 @@
 """Norm balls around an example, cut with the box of allowed values: linf, l2, l1, l0, and unions of them.
 
-Every function is batched and row by row. Nothing here sorts inside a step except l0 (which counts): the l1 and the exact l2
-projections solve their one-dimensional equation by bisection. `eps` is data: a number, a traced scalar, or `[b]` for a budget of its
-own for each example.
+Every function is batched and row by row. Nothing here sorts inside a step except l0 (which counts): the l1 and the
+exact l2 projections solve their one-dimensional equation by bisection. `eps` is data: a number, a traced scalar, or
+`[b]` for a budget of its own for each example.
 """
 
 import math
@@ -118,8 +118,8 @@ class Ball(Threat):
     def project(self, point: Float[Array, "b ..."], x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Return a feasible point near `point`.
 
-        linf, l1 and l0 return the nearest feasible point in Euclidean distance. l2 clips to the bounds and then shrinks toward `x`,
-        as is usual; with `exact=True` it bisects for the nearest point.
+        linf, l1 and l0 return the nearest feasible point in Euclidean distance. l2 clips to the bounds and then shrinks
+        toward `x`, as is usual; with `exact=True` it bisects for the nearest point.
 
         Args:
           point: `[b, ...]` any points.
@@ -169,8 +169,8 @@ class Ball(Threat):
     def sample(self, keys, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Return a random feasible point for each row.
 
-        linf: uniform in the cube, then clipped (Madry et al. 2018). l2, l1: a random direction (Gaussian, Laplace) with a uniform
-        radius (as Rice et al. 2020 do for l2), then projected. l0: `eps` random features at random values.
+        linf: uniform in the cube, then clipped (Madry et al. 2018). l2, l1: a random direction (Gaussian, Laplace) with
+        a uniform radius (as Rice et al. 2020 do for l2), then projected. l0: `eps` random features at random values.
 
         Args:
           keys: `[b]` typed keys.
@@ -194,13 +194,13 @@ class Ball(Threat):
         return self.project(x + _rows(radius, x) * eps * direction / length, x)
 
     def steepest(self, grad: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Return the direction of p-norm one that raises the linear function `grad` the most; zero where `grad` is zero.
+        """Return the direction of p-norm one that raises the linear function `grad` the most; zero for zero rows.
 
         | norm | direction | gain |
         | --- | --- | --- |
         | linf | `sign(g)` | `||g||_1` |
         | l2 | `g / ||g||_2` | `||g||_2` |
-        | l1 | `sign(g)` on the largest feature (ties share; with `spread` on that share of the features) | `||g||_inf` |
+        | l1 | `sign(g)` on the largest feature, or on a share `spread` of them | `||g||_inf` |
         | l0 | `g / max|g|`: the budget counts features and says nothing of how far they move | |
 
         Args:
@@ -239,7 +239,7 @@ def _bisect(fits: Callable, low, high):
 
 @pytree
 class Union(Threat):
-    """The points that at least one member allows; sizes are shares of a member's budget, so the budget of the union is 1."""
+    """The points that at least one member allows. Sizes are shares of a member's budget, so the union's budget is 1."""
 
     members: tuple[Threat, ...]
 
@@ -257,7 +257,7 @@ class Union(Threat):
         return self.members[0].bounds
 
     def budget(self, x: Any, xp: Any = jnp) -> Any:
-        """Return the largest size that counts as feasible: the most generous member's rounding, as a share of its budget."""
+        """Return the largest size that counts as feasible: one, and the largest rounding of a member in its budgets."""
         shares = [m.budget(x, xp) / xp.asarray(m.eps) for m in self.members]
         return xp.max(xp.stack([xp.asarray(s) for s in shares]), axis=0)
 
@@ -284,7 +284,17 @@ class Union(Threat):
         return _pick(jnp.stack([m.sample(inner, x) for m in self.members]), which)
 
     def steepest(self, grad: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """Return the best of the members' steepest moves, each scaled to its budget (Tramèr and Boneh 2019, arXiv:1904.13000)."""
+        """Return the best of the members' steepest moves, each scaled to its budget.
+
+        Args:
+          grad: `[b, ...]`.
+
+        Returns:
+          `[b, ...]`, for a step size in budgets.
+
+        References:
+          Tramèr and Boneh 2019, Adversarial training and robustness for multiple perturbations, arXiv:1904.13000.
+        """
         moves = jnp.stack([m.steepest(grad) * _rows(m.eps, grad) for m in self.members])
         gain = jnp.sum(moves * grad[None], axis=tuple(range(2, moves.ndim)))
         return _pick(moves, jnp.argmax(gain, axis=0))
@@ -309,7 +319,8 @@ def linf(eps: Any, bounds: tuple[Any, Any] = (0.0, 1.0)) -> Ball:
     """Return the set of inputs whose features each differ by at most `eps`, inside `bounds`.
 
     Args:
-      eps: largest change of a feature, in units of `x`; a number, `[b]`, or traced. 8/255 is usual for CIFAR, 0.3 for MNIST.
+      eps: largest change of a feature, in units of `x`; a number, `[b]`, or traced. 8/255 is usual for CIFAR, 0.3 for
+        MNIST.
       bounds: lowest and highest allowed value of a feature, numbers or arrays that broadcast over an example.
 
     Returns:
@@ -347,8 +358,8 @@ def l1(eps: Any, bounds: tuple[Any, Any] = (0.0, 1.0), *, spread: float = 0.0) -
     Args:
       eps: largest sum of absolute changes, in units of `x`; a number, `[b]`, or traced. 12 is usual for CIFAR.
       bounds: lowest and highest allowed value of a feature.
-      spread: share of the features that a steepest step moves together; 0 moves the single best feature, which is the exact
-        steepest direction, 0.01 to 0.05 is faster on images.
+      spread: share of the features that a steepest step moves together; 0 moves the single best feature, which is the
+        exact steepest direction, 0.01 to 0.05 is faster on images.
 
     Returns:
       The threat.
@@ -357,8 +368,8 @@ def l1(eps: Any, bounds: tuple[Any, Any] = (0.0, 1.0), *, spread: float = 0.0) -
       ValueError: if `eps` is known and not positive, `bounds` is no pair, or `spread` is outside [0, 1].
 
     References:
-      Tramèr and Boneh 2019, Adversarial training and robustness for multiple perturbations, sec. 4, arXiv:1904.13000 (the
-      spread step); Croce and Hein 2021, Mind the box, prop. 2.1, arXiv:2103.01208 (the projection).
+      Tramèr and Boneh 2019, Adversarial training and robustness for multiple perturbations, sec. 4, arXiv:1904.13000
+      (the spread step); Croce and Hein 2021, Mind the box, prop. 2.1, arXiv:2103.01208 (the projection).
     """
     if not 0 <= spread <= 1:
         raise ValueError(f"spread must be a share in [0, 1]; got {spread}.")
@@ -397,7 +408,8 @@ def union(*members: Threat) -> Union:
       ValueError: with fewer than two members, or with different bounds.
 
     References:
-      Maini, Wong and Kolter 2020, Adversarial robustness against the union of multiple perturbation models, arXiv:1909.04068.
+      Maini, Wong and Kolter 2020, Adversarial robustness against the union of multiple perturbation models,
+      arXiv:1909.04068.
     """
     if len(members) < 2:
         raise ValueError(
