@@ -1,0 +1,70 @@
+"""Augmentations: pure functions `(key, x) -> x` of ONE example, which the trainer maps over the batch inside the step.
+
+What lives here: the crop and flip of the CIFAR recipes. What does not: mixing examples (each row lives alone, which
+private training and the keys by dataset index rely on).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxadv.core import check
+
+
+def crop(pad: int = 4) -> Callable:
+    """Pad with zeros and cut out a window of the old size at a random place.
+
+    Args:
+      pad: zeros on each side.
+
+    Returns:
+      `(key, x [h, w, c]) -> [h, w, c]`.
+
+    Raises:
+      ValueError: if `pad` is not positive.
+    """
+    check.whole("pad", pad)
+
+    def augment(key, x):
+        corner = jax.random.randint(key, (2,), 0, 2 * pad + 1)
+        wide = jnp.pad(x, ((pad, pad), (pad, pad), (0, 0)))
+        return lax.dynamic_slice(wide, (corner[0], corner[1], jnp.zeros_like(corner[0])), x.shape)
+
+    return augment
+
+
+def flip() -> Callable:
+    """Mirror left and right with probability one half.
+
+    Returns:
+      `(key, x [h, w, c]) -> [h, w, c]`.
+    """
+
+    def augment(key, x):
+        return jnp.where(jax.random.bernoulli(key), x[:, ::-1], x)
+
+    return augment
+
+
+def chain(*augmentations: Callable) -> Callable:
+    """Apply several augmentations in order, each with a key of its own.
+
+    Args:
+      *augmentations: functions `(key, x) -> x`.
+
+    Returns:
+      One such function.
+    """
+
+    def augment(key, x):
+        for number, part in enumerate(augmentations):
+            x = part(jax.random.fold_in(key, number), x)
+        return x
+
+    return augment
+
+
+AUGMENTATIONS = {"crop": crop, "flip": flip}
+"""Name to a function that builds the augmentation from its settings."""

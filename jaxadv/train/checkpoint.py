@@ -1,0 +1,234 @@
+"""Checkpoints on disk: asynchronous, whole or absent, the newest two and the best; the only file that knows orbax.
+
+What lives here: writing and reading a nest of arrays with a small table of facts, keeping what must be kept, errors
+that say what is lost and what is not. What does not: what a training state is (`trainer.py`) and when to save
+(`driver.py`).
+
+A checkpoint counts as soon as orbax has committed it; a write that was cut off is never seen again. Arrays are stored
+by their path in the nest with one checksum over all, so that damaged files are refused instead of trained on.
+"""
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadv.core import PyTree
+
+_KEPT = 2
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message names the folder, what failed, and what to do."""
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """List the arrays of a nest by path; typed keys as their data.
+
+    Args:
+      tree: a pytree of arrays and typed keys.
+
+    Returns:
+      Path to array.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): jax.random.key_data(a) if _is_key(a) else jnp.asarray(a) for path, a in leaves}
+
+
+def _unflatten(tree: PyTree, found: Mapping[str, Any]) -> PyTree:
+    def leaf(path, like):
+        value = found[jax.tree_util.keystr(path)]
+        return jax.random.wrap_key_data(value, impl=jax.random.key_impl(like)) if _is_key(like) else value
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def checksum(arrays: Mapping[str, Any]) -> str | None:
+    """Return one checksum over named arrays.
+
+    Args:
+      arrays: name to array.
+
+    Returns:
+      Eight hexadecimal digits, or None where this process does not hold all of an array.
+    """
+    total = 0
+    for name in sorted(arrays):
+        value = arrays[name]
+        if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+            return None
+        data = value.addressable_data(0) if isinstance(value, jax.Array) and not value.is_fully_addressable else value
+        total = zlib.crc32(np.ascontiguousarray(np.asarray(data)).tobytes(), zlib.crc32(name.encode(), total))
+    return f"{total:08x}"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    Args:
+      folder: where; made if absent.
+
+    Raises:
+      CheckpointError: if the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path):
+        import orbax.checkpoint as ocp
+
+        self._ocp, self.folder, self.best = ocp, folder, None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None, enable_async_checkpointing=True, cleanup_tmp_directories=True, step_prefix=None
+            )
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint folder must be writable; {folder} failed with: {error}. Choose another folder."
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Return the steps of all committed checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, tree: PyTree, facts: Mapping[str, Any], *, best: bool = False) -> None:
+        """Begin to write a checkpoint; returns once the arrays are copied. Errors may show only at the next call.
+
+        Args:
+          step: its number; one that exists already is left as it is.
+          tree: a pytree of arrays and typed keys.
+          facts: plain values to keep with it.
+          best: keep it until a better one is committed.
+
+        Raises:
+          CheckpointError: if this or the previous write fails.
+        """
+        self.wait()
+        if step not in self._manager.all_steps():
+            arrays = flatten(tree)
+            meta = {"facts": dict(facts), "checksum": checksum(arrays), "arrays": sorted(arrays)}
+            args = self._ocp.args
+            composite = args.Composite(state=args.StandardSave(arrays), meta=args.JsonSave(meta))
+            self._guard(step, lambda: self._manager.save(step, args=composite, force=True))
+        self._writing = step
+        if best:
+            self._next_best = step
+
+    def wait(self) -> None:
+        """Wait until everything is written, then drop what need not be kept.
+
+        Raises:
+          CheckpointError: if the write failed; older checkpoints are intact.
+        """
+        self._guard(self._writing, self._manager.wait_until_finished)
+        if self._next_best is not None:
+            self.best, self._next_best = self._next_best, None
+        for step in self.steps()[:-_KEPT]:
+            if step != self.best:
+                self._guard(step, lambda step=step: self._manager.delete(step))
+
+    _writing: int | None = None
+    _next_best: int | None = None
+
+    def _guard(self, step: int | None, act: Any) -> Any:
+        try:
+            return act()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            self._next_best = None
+            good = [s for s in _committed(self.folder) if s != step]
+            kept = (
+                f"The checkpoint of step {good[-1]} is intact: free some space and resume."
+                if good
+                else "No earlier checkpoint exists."
+            )
+            raise CheckpointError(
+                f"writing the checkpoint of step {step} to {self.folder} failed: {_first_line(error)}. "
+                f"Is the disk full, over quota, or read-only? {kept}"
+            ) from error
+
+    def drop_after(self, step: int) -> None:
+        """Delete checkpoints of later steps, which will be computed again.
+
+        Args:
+          step: the newest step to keep.
+        """
+        for later in [s for s in self.steps() if s > step]:
+            self._manager.delete(later)
+
+    def restore(self, tree: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
+        """Read a checkpoint.
+
+        Args:
+          tree: a pytree like the one that was saved; its shapes, types and places are what is asked for.
+          step: which checkpoint.
+
+        Returns:
+          The arrays in the form of `tree`, and the facts.
+
+        Raises:
+          CheckpointError: if there is no such checkpoint, its files are damaged, or it holds other arrays.
+        """
+        known = self.steps()
+        if step not in known:
+            raise CheckpointError(
+                f"{self.folder} must hold a checkpoint of step {step}; it has {known or 'none'}. "
+                "Resume from one of these."
+            )
+        like = {name: _abstract(a) for name, a in flatten(tree).items()}
+        args = self._ocp.args
+        try:
+            meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+            if meta["arrays"] != sorted(like):
+                raise ValueError(f"it holds other arrays: {_odd(meta['arrays'], like)}")
+            found = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(like)))["state"]
+            if meta["checksum"] is not None and checksum(found) not in (None, meta["checksum"]):
+                raise ValueError("its values do not match their checksum")
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            good = [s for s in known if s < step]
+            advice = (
+                f"resume from the one before with resume={good[-1]}"
+                if good
+                else "it is the only one: begin anew in another folder"
+            )
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.folder} must be whole; reading it failed: "
+                f"{_first_line(error)}. "
+                f"Other checkpoints: {good or 'none'}; {advice}."
+            ) from error
+        return _unflatten(tree, found), meta["facts"]
+
+    def close(self) -> None:
+        """Wait for the last write and let go of the folder.
+
+        Raises:
+          CheckpointError: if the last write failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _abstract(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+
+
+def _odd(names: list[str], like: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(set(names) ^ set(like))[:4])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {(lines[0] if lines else '')[:300]}"
+
+
+def _committed(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())

@@ -1,0 +1,521 @@
+"""Published training recipes by name: functions of the data that return the arguments of `fit`.
+
+What lives here: settings, with their source. What does not: any mechanism. `fit(key, **fast_mnist(data))` trains as
+published; every setting can be overridden by name. Where a recipe departs from its source, its docstring says so.
+
+All recipes normalize inside the network, so budgets are in the range of the data, and judge on a validation source
+(given, or held out of the training data): never on the test set.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxadv import attacks, models, threats
+from jaxadv import data as data_room
+from jaxadv.core import Threat, Trainable, check
+from jaxadv.train import augment, objectives, schedules
+from jaxadv.train.driver import Collapse, fit
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+_VALIDATION = 500
+
+
+def hold_out(data: Any, n: int = 1000) -> tuple[Any, Any]:
+    """Take a fixed, class-balanced part of the training data away for validation.
+
+    Args:
+      data: a `Source`.
+      n: examples to hold out, at most a tenth of the data.
+
+    Returns:
+      (training source, validation source), disjoint.
+    """
+    held = data_room.balanced_order(data.y, 0)[: max(1, min(n, len(data) // 10))]
+    rest = np.ones(len(data), bool)
+    rest[held] = False
+    return data.subset(rest), data.subset(np.sort(held))
+
+
+def _assemble(
+    data: Any, validation: Any, overrides: dict[str, Any], steps_of: Callable, **settings: Any
+) -> dict[str, Any]:
+    """Put the arguments of `fit` together: hold out validation data, size the run, apply overrides."""
+    valid = [name for name in inspect.signature(fit).parameters if name != "key"]
+    for name in overrides:
+        if name not in valid:
+            check.choice("setting of fit", name, valid)
+    if validation is None:
+        data, validation = hold_out(data)
+    validation = data_room.evaluation_subset(validation, min(_VALIDATION, len(validation)))
+    batch_size = overrides.get("batch_size", settings.pop("batch_size"))
+    steps = overrides.get("steps", None)
+    steps = steps_of(data_room.steps_per_epoch(len(data), batch_size)) if steps is None else steps
+    made = {k: v(steps) if k == "optimizer" else v for k, v in settings.items()}
+    return {"data": data, "validation": validation, "batch_size": batch_size, "steps": steps} | made | overrides
+
+
+def _net(name: str, seed: int, data: Any, **options: Any) -> Trainable:
+    return models.create(name, jax.random.key(seed), shape=data.shape, classes=data.classes, **options)
+
+
+def _sizer(epochs: float) -> Callable[[int], int]:
+    check.positive("epochs", epochs)
+    return lambda per_epoch: max(1, round(epochs * per_epoch))
+
+
+def _linf(eps: float | None, default: float, data: Any) -> Threat:
+    return threats.linf(default if eps is None else eps, tuple(float(b) for b in data.bounds))
+
+
+def _judge(threat: Threat, steps: int = 20) -> Any:
+    """The attack that chooses weights: PGD from a random start, cheap enough to run ten times in a run."""
+    return attacks.pgd(threat, steps=steps, name="validation")
+
+
+def _watch(threat: Threat, every: int, action: str) -> Collapse:
+    """PGD with 5 steps of a quarter of the budget (as published: 2/255 at 8/255)."""
+    return Collapse(attacks.pgd(threat, steps=5, step_size=threat.eps / 4, name="collapse"), every=every, action=action)
+
+
+# ---------------------------------------------------------------------------------------------------------------- MNIST
+
+
+def _mnist(data, objective, threat, *, seed, validation, epochs, lr_max, net, overrides, **more) -> dict[str, Any]:
+    """What the MNIST recipes of Wong et al. share: network, batch, Adam, rate 0 -> lr_max -> 0 with the peak at 2/5."""
+    return _assemble(
+        data,
+        validation,
+        overrides,
+        _sizer(epochs),
+        trainable=_net(net, seed, data),
+        objective=objective,
+        optimizer=lambda steps: optax.adam(schedules.triangular(lr_max, steps, peak=0.4)),
+        batch_size=100,
+        attack=_judge(threat),
+        **more,
+    )
+
+
+def standard_mnist(
+    data,
+    *,
+    seed: int = 0,
+    eps=None,
+    epochs: float = 10,
+    lr_max: float = 5e-3,
+    net="cnn_small",
+    validation=None,
+    **overrides,
+) -> dict[str, Any]:
+    """Standard training of the small MNIST network: the baseline of Wong et al. (`--attack none`).
+
+    Args:
+      data: training source.
+      seed: of the initial weights.
+      eps: budget of the attack that validation reports; default 0.3.
+      epochs: passes over the training data.
+      lr_max: highest learning rate.
+      net: network, see `models.NETS`.
+      validation: source for choosing weights; None holds a tenth of `data` (at most 1000) out.
+      **overrides: any argument of `fit`.
+
+    Returns:
+      The arguments of `fit`.
+
+    References:
+      Wong, Rice and Kolter 2020, arXiv:2001.03994; code locuslab/fast_adversarial, MNIST/train_mnist.py.
+    """
+    threat = _linf(eps, 0.3, data)
+    return _mnist(
+        data,
+        objectives.standard(),
+        threat,
+        seed=seed,
+        validation=validation,
+        epochs=epochs,
+        lr_max=lr_max,
+        net=net,
+        overrides=overrides,
+    )
+
+
+def fast_mnist(
+    data,
+    *,
+    seed: int = 0,
+    eps=None,
+    alpha: float | None = None,
+    epochs: float = 10,
+    lr_max: float = 5e-3,
+    net="cnn_small",
+    validation=None,
+    **overrides,
+) -> dict[str, Any]:
+    """Fast adversarial training of the small MNIST network: FGSM with a random start, Adam, one cycle, 10 epochs.
+
+    As published: eps 0.3, alpha 0.375, uniform start, batch 100, learning rate 0 -> 5e-3 -> 0 with its peak at two
+    fifths, PyTorch's initialization. Ours: held-out validation and a watch for collapse that records it (the authors'
+    MNIST code has neither), and the weights returned are those of the last step.
+
+    Args:
+      data: training source.
+      seed: of the initial weights.
+      eps: budget; default 0.3.
+      alpha: step length; default 1.25 eps.
+      epochs: passes over the training data.
+      lr_max: highest learning rate.
+      net: network, see `models.NETS`.
+      validation: see `standard_mnist`.
+      **overrides: any argument of `fit`.
+
+    Returns:
+      The arguments of `fit`.
+
+    References:
+      Wong, Rice and Kolter 2020, Fast is better than free, arXiv:2001.03994, section 5.1; code
+      locuslab/fast_adversarial, MNIST/train_mnist.py (`--fgsm --fname ... --alpha 0.375 --lr-type cyclic --lr-max 5e-3
+      --epochs 10`).
+    """
+    threat = _linf(eps, 0.3, data)
+    return _mnist(
+        data,
+        objectives.fgsm_rs(threat, alpha=alpha),
+        threat,
+        seed=seed,
+        validation=validation,
+        epochs=epochs,
+        lr_max=lr_max,
+        net=net,
+        overrides=overrides,
+        collapse=_watch(threat, 200, "warn"),
+    )
+
+
+def pgd_mnist(
+    data,
+    *,
+    seed: int = 0,
+    eps=None,
+    attack_steps: int = 40,
+    step_size: float = 0.01,
+    epochs: float = 10,
+    lr_max: float = 5e-3,
+    net="cnn_small",
+    validation=None,
+    **overrides,
+) -> dict[str, Any]:
+    """Adversarial training with PGD on MNIST: Madry's attack (40 steps of 0.01 at 0.3), Wong's network and schedule.
+
+    Madry et al. train a larger network (`net='cnn_madry'`) with Adam at 1e-4, batch 50, for 100,000 steps; this is the
+    short version that Wong et al. compare with (`--attack pgd`).
+
+    Args:
+      data: training source.
+      seed: of the initial weights.
+      eps: budget; default 0.3.
+      attack_steps: steps of PGD.
+      step_size: of PGD.
+      epochs: passes over the training data.
+      lr_max: highest learning rate.
+      net: network, see `models.NETS`.
+      validation: see `standard_mnist`.
+      **overrides: any argument of `fit`.
+
+    Returns:
+      The arguments of `fit`.
+
+    References:
+      Madry et al. 2018, arXiv:1706.06083, section 5; code MadryLab/mnist_challenge. Wong et al. 2020, arXiv:2001.03994.
+    """
+    threat = _linf(eps, 0.3, data)
+    attack = attacks.pgd(threat, steps=attack_steps, step_size=step_size, keep="last", name="pgd_at")
+    return _mnist(
+        data, objectives.pgd_at(attack), threat, seed=seed, validation=validation, epochs=epochs, lr_max=lr_max,
+        net=net, overrides=overrides,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- digits
+
+
+def _digits(data, objective, threat, *, seed, validation, epochs, net, overrides, **more) -> dict[str, Any]:
+    """What the digits recipes share: a small network, Adam, rate 0 -> 5e-3 -> 0 with the peak at 2/5, batch 64."""
+    return _assemble(
+        data,
+        validation,
+        overrides,
+        _sizer(epochs),
+        trainable=_net(net, seed, data),
+        objective=objective,
+        optimizer=lambda steps: optax.adam(schedules.triangular(5e-3, steps, peak=0.4)),
+        batch_size=64,
+        attack=_judge(threat),
+        **more,
+    )
+
+
+def standard_digits(
+    data, *, seed: int = 0, eps=None, epochs: float = 30, net="cnn_small", validation=None, **overrides
+) -> dict[str, Any]:
+    """Standard training on the 8x8 digits; settings of this library, made to take seconds.
+
+    Args:
+      data: training source.
+      seed: of the initial weights.
+      eps: budget of the attack that validation reports; default 0.15.
+      epochs: passes over the training data.
+      net: network, see `models.NETS`.
+      validation: see `standard_mnist`.
+      **overrides: any argument of `fit`.
+
+    Returns:
+      The arguments of `fit`.
+    """
+    threat = _linf(eps, 0.15, data)
+    return _digits(
+        data,
+        objectives.standard(),
+        threat,
+        seed=seed,
+        validation=validation,
+        epochs=epochs,
+        net=net,
+        overrides=overrides,
+    )
+
+
+def fast_digits(
+    data, *, seed: int = 0, eps=None, epochs: float = 40, net="cnn_small", validation=None, **overrides
+) -> dict[str, Any]:
+    """Fast adversarial training on the 8x8 digits: the step of Wong et al. with settings of this library.
+
+    Args:
+      data: training source.
+      seed: of the initial weights.
+      eps: budget; default 0.15.
+      epochs: passes over the training data.
+      net: network, see `models.NETS`.
+      validation: see `standard_mnist`.
+      **overrides: any argument of `fit`.
+
+    Returns:
+      The arguments of `fit`.
+
+    References:
+      Wong, Rice and Kolter 2020, arXiv:2001.03994.
+    """
+    threat = _linf(eps, 0.15, data)
+    return _digits(
+        data, objectives.fgsm_rs(threat), threat, seed=seed, validation=validation, epochs=epochs, net=net,
+        overrides=overrides, collapse=_watch(threat, 100, "warn"),
+    )  # fmt: skip
+
+
+def pgd_digits(
+    data,
+    *,
+    seed: int = 0,
+    eps=None,
+    attack_steps: int = 7,
+    epochs: float = 40,
+    net="cnn_small",
+    validation=None,
+    **overrides,
+) -> dict[str, Any]:
+    """Adversarial training with PGD on the 8x8 digits; settings of this library.
+
+    Args:
+      data: training source.
+      seed: of the initial weights.
+      eps: budget; default 0.15.
+      attack_steps: steps of PGD, each 2.5 eps / steps long.
+      epochs: passes over the training data.
+      net: network, see `models.NETS`.
+      validation: see `standard_mnist`.
+      **overrides: any argument of `fit`.
+
+    Returns:
+      The arguments of `fit`.
+
+    References:
+      Madry et al. 2018, arXiv:1706.06083.
+    """
+    threat = _linf(eps, 0.15, data)
+    objective = objectives.pgd_at(attacks.pgd(threat, steps=attack_steps, keep="last", name="pgd_at"))
+    return _digits(
+        data, objective, threat, seed=seed, validation=validation, epochs=epochs, net=net, overrides=overrides
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- CIFAR-10
+
+
+def _torch_sgd(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    """PyTorch's SGD: decay of all parameters coupled into the gradient, momentum 0.9, the rate applied last."""
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9))
+
+
+def _cifar10(
+    data, objective, threat, *, seed, validation, epochs, rate, shortcut, width, overrides, **more
+) -> dict[str, Any]:
+    """What the CIFAR-10 recipes share: PreActResNet-18, batch 128, momentum, decay 5e-4, crop and flip."""
+    return _assemble(
+        data,
+        validation,
+        overrides,
+        _sizer(epochs),
+        trainable=_net(
+            "preact_resnet18", seed, data, mean=CIFAR10_MEAN, std=CIFAR10_STD, shortcut=shortcut, width=width
+        ),
+        objective=objective,
+        optimizer=lambda steps: _torch_sgd(rate(steps), 5e-4),
+        batch_size=128,
+        attack=_judge(threat, 10),
+        augment=augment.chain(augment.crop(4), augment.flip()),
+        **more,
+    )
+
+
+def fast_cifar10(
+    data,
+    *,
+    seed: int = 0,
+    eps=None,
+    alpha: float | None = None,
+    epochs: float = 15,
+    lr_max: float = 0.2,
+    width: int = 64,
+    validation=None,
+    **overrides,
+) -> dict[str, Any]:
+    """Fast adversarial training of a PreActResNet-18 on CIFAR-10.
+
+    As published: eps 8/255, alpha 10/255, uniform start, batch 128, SGD with momentum 0.9 and coupled decay 5e-4,
+    learning rate 0 -> 0.2 -> 0 with its peak at half, 15 epochs, crop and flip, half precision (theirs float16 with
+    loss scale, ours bfloat16).
+    Ours: statistics of the batch in the attack without updating the running ones, and the watch for collapse on 512
+      fixed
+    examples, twice an epoch.
+
+    Args:
+      data: training source.
+      seed: of the initial weights.
+      eps: budget; default 8/255.
+      alpha: step length; default 1.25 eps. At larger budgets that collapses; 13/255 works at 12/255.
+      epochs: passes over the training data.
+      lr_max: highest learning rate.
+      width: channels of the first stage.
+      validation: see `standard_mnist`.
+      **overrides: any argument of `fit`.
+
+    Returns:
+      The arguments of `fit`.
+
+    References:
+      Wong, Rice and Kolter 2020, Fast is better than free, arXiv:2001.03994, section 5.2; code
+      locuslab/fast_adversarial, CIFAR10/train_fgsm.py.
+    """
+    threat = _linf(eps, 8 / 255, data)
+    half = max(1, len(data) // (2 * overrides.get("batch_size", 128)))
+    return _cifar10(
+        data,
+        objectives.fgsm_rs(threat, alpha=alpha),
+        threat,
+        seed=seed,
+        validation=validation,
+        epochs=epochs,
+        rate=lambda steps: schedules.triangular(lr_max, steps),
+        shortcut="raw",
+        width=width,
+        overrides=overrides,
+        collapse=_watch(threat, half, "stop"),
+        precision="bfloat16",
+    )
+
+
+def pgd_cifar10(
+    data,
+    *,
+    seed: int = 0,
+    eps=None,
+    epochs: float = 200,
+    lr: float = 0.1,
+    width: int = 64,
+    validation=None,
+    **overrides,
+) -> dict[str, Any]:
+    """Adversarial training with PGD on CIFAR-10, with the early stopping that Rice et al. found to matter most.
+
+    As published: eps 8/255, 10 steps of 2/255 from a uniform start, PreActResNet-18, batch 128, SGD with momentum 0.9
+    and coupled decay 5e-4, learning rate 0.1 divided by 10 at one half and three quarters of 200 epochs, crop and flip;
+    the weights returned are the best on held-out data. Ours: statistics of the batch in the attack without updating the
+    running ones.
+
+    Args:
+      data: training source.
+      seed: of the initial weights.
+      eps: budget; default 8/255.
+      epochs: passes over the training data.
+      lr: first learning rate.
+      width: channels of the first stage.
+      validation: see `standard_mnist`.
+      **overrides: any argument of `fit`.
+
+    Returns:
+      The arguments of `fit`.
+
+    References:
+      Rice, Wong and Kolter 2020, Overfitting in adversarially robust deep learning, arXiv:2002.11569; code
+      locuslab/robust_overfitting, train_cifar.py.
+    """
+    threat = _linf(eps, 8 / 255, data)
+    attack = attacks.pgd(threat, steps=10, step_size=threat.eps / 4, keep="last", name="pgd_at")
+    return _cifar10(
+        data,
+        objectives.pgd_at(attack, bn_attack="local"),
+        threat,
+        seed=seed,
+        validation=validation,
+        epochs=epochs,
+        rate=lambda steps: schedules.piecewise(lr, steps),
+        shortcut="preact",
+        width=width,
+        overrides=overrides,
+        keep="best",
+        validate_every=max(1, math.ceil(len(data) / overrides.get("batch_size", 128))),
+    )
+
+
+RECIPES: dict[str, Callable[..., dict[str, Any]]] = {
+    "standard_mnist": standard_mnist,
+    "fast_mnist": fast_mnist,
+    "pgd_mnist": pgd_mnist,
+    "standard_digits": standard_digits,
+    "fast_digits": fast_digits,
+    "pgd_digits": pgd_digits,
+    "fast_cifar10": fast_cifar10,
+    "pgd_cifar10": pgd_cifar10,
+}
+"""Name to `recipe(data, *, seed=0, eps=None, epochs=..., validation=None, **overrides) -> arguments of fit`."""
+
+
+def recipe(name: str) -> Callable[..., dict[str, Any]]:
+    """Look a recipe up.
+
+    Args:
+      name: one of `RECIPES`.
+
+    Returns:
+      The function.
+
+    Raises:
+      ValueError: if there is none of that name; the message offers the nearest.
+    """
+    return check.choice("recipe", name, RECIPES)
