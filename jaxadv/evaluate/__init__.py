@@ -1,13 +1,11 @@
-"""Clean and robust accuracy with intervals, red flags and reports. The module is itself the function: `jaxadv.evaluate(...)`."""
+"""Clean and robust accuracy with intervals, flags and reports. The module is the function: `jaxadv.evaluate(...)`."""
 
 import inspect
 import sys
 import types
 
 from jaxadv.evaluate import engine
-from jaxadv.evaluate.engine import PROTOCOLS as PROTOCOLS
 from jaxadv.evaluate.engine import TARGET_RULES as TARGET_RULES
-from jaxadv.evaluate.engine import Stage as Stage
 from jaxadv.evaluate.engine import Verdict as Verdict
 from jaxadv.evaluate.engine import logits_of as logits_of
 from jaxadv.evaluate.engine import survivors as survivors
@@ -15,6 +13,8 @@ from jaxadv.evaluate.engine import verify as verify
 from jaxadv.evaluate.flags import FLAGS as FLAGS
 from jaxadv.evaluate.flags import Flag as Flag
 from jaxadv.evaluate.intervals import clopper_pearson as clopper_pearson
+from jaxadv.evaluate.protocols import PROTOCOLS as PROTOCOLS
+from jaxadv.evaluate.protocols import Stage as Stage
 from jaxadv.evaluate.report import SCHEMA as SCHEMA
 from jaxadv.evaluate.report import ModelReport as ModelReport
 from jaxadv.evaluate.report import Report as Report

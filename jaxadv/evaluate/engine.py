@@ -1,18 +1,20 @@
 """The evaluation: attacks on the survivors of one another, every success verified, every example accounted for.
 
-What lives here: the loop over budgets, attacks and restarts, the one verdict (`verify`), protocols as data, and the seam through
-which attacks are served (`survivors`). What does not: attacks, flags, intervals, pages.
+What lives here: the loop over budgets, attacks and restarts, the one verdict (`verify`), protocols as data, and the
+seam through which attacks are served (`survivors`). What does not: attacks, flags, intervals, pages.
 
 The rules of honesty:
 
-1. The clean prediction is counted once. A misclassified example is not robust, is not attacked and is returned as it is.
-2. A point counts only after verification apart from the attack: float32, feasible in float64 (`core.feasible`), and the model asked
-   again through a forward pass of its own at matrix precision "highest". What an attack claims about itself decides nothing.
+1. The clean prediction is counted once. A misclassified example is not robust, is not attacked and is returned as it
+   is.
+2. A point counts only after verification apart from the attack: float32, feasible in float64 (`core.feasible`), and the
+   model asked again through a forward pass of its own at matrix precision "highest". What an attack claims about itself
+   decides nothing.
 3. Logits that are not finite never count as robust; a point that is not finite never counts as found.
 4. Robust accuracy is the worst case over attacks, restarts and smaller budgets of the security curve.
 
-Programs: one for each (attack structure, batch shape). Attack, model and key are arguments of one jitted function, so other budgets
-and other weights reuse it.
+Programs: one for each (attack structure, batch shape). Attack, model and key are arguments of one jitted function, so
+other budgets and other weights reuse it.
 """
 
 import dataclasses
@@ -27,39 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import losses
-from jaxadv.attacks import ATTACKS
 from jaxadv.core import Attack, Result, Targets, Threat, check, example_keys, feasible, run
 from jaxadv.evaluate import flags as red
 from jaxadv.evaluate.intervals import share
+from jaxadv.evaluate.protocols import Stage, build, describe, stages_of, with_eps
 from jaxadv.evaluate.report import MISCLASSIFIED, ROBUST, ModelReport, Report
 
 TARGET_RULES = ("random", "next", "least_likely")
-
-
-class Stage(NamedTuple):
-    """One attack of a protocol.
-
-    Attributes:
-      attack: a name of `attacks.ATTACKS`, a function from a threat to an attack, or an attack.
-      settings: arguments for the named or given function, as pairs.
-      restarts: how often it runs on the survivors, each time with other random numbers.
-    """
-
-    attack: Any
-    settings: tuple[tuple[str, Any], ...] = ()
-    restarts: int = 1
-
-
-PROTOCOLS: dict[str, tuple[Stage, ...]] = {
-    "quick": (Stage("fgsm"), Stage("pgd", (("steps", 20),))),
-    "standard": (
-        Stage("fgsm"),
-        Stage("pgd", (("steps", 40), ("name", "pgd_ce"))),
-        Stage("pgd", (("steps", 100), ("loss", losses.margin), ("name", "pgd_margin")), restarts=5),
-    ),
-}
-"""Protocols by name. `standard` is the default: one step, then cross-entropy, then the margin with restarts."""
 
 
 class Verdict(NamedTuple):
@@ -158,7 +134,7 @@ def logits_of(model: Any, x: np.ndarray, batch_size: int = 500) -> np.ndarray:
 
 
 def verify(model: Any, x_adv: Any, x: Any, y: Any, threat: Threat, *, batch_size: int = 500) -> Verdict:
-    """Judge points apart from the attack that made them; also for adversarial examples that were stored or come from elsewhere.
+    """Judge points apart from the attack that made them; also stored ones and ones from elsewhere.
 
     Args:
       model: logits from a batch.
@@ -169,8 +145,8 @@ def verify(model: Any, x_adv: Any, x: Any, y: Any, threat: Threat, *, batch_size
       batch_size: rows of a forward pass.
 
     Returns:
-      `feasible`, `broken` (feasible, and the logits are not finite, or the largest is not the label's or, with targets, is the
-      target's), `size` in float64, `predicted` class (-1 where logits are not finite).
+      `feasible`, `broken` (feasible, and the logits are not finite, or the largest is not the label's or, with targets,
+      is the target's), `size` in float64, `predicted` class (-1 where logits are not finite).
 
     Raises:
       ValueError: if the shapes of `x_adv` and `x` differ.
@@ -196,7 +172,7 @@ def verify(model: Any, x_adv: Any, x: Any, y: Any, threat: Threat, *, batch_size
 def survivors(
     attack: Any, key: Any, model: Any, x: np.ndarray, y: Any, *, index: np.ndarray, restart: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, Result]]:
-    """Run an attack on a queue of examples. The seam: another way to serve attacks replaces this function and nothing else.
+    """Run an attack on a queue of examples. The seam: another way of serving replaces this function and nothing else.
 
     Args:
       attack: an attack, or a function from row numbers to the attack on these rows.
@@ -239,105 +215,6 @@ def _cut(threat: Threat, rows: np.ndarray, n: int) -> Threat:
     return dataclasses.replace(threat, eps=eps[rows])  # pyright: ignore[reportArgumentType]
 
 
-def _with_eps(threat: Threat, eps: float) -> Threat:
-    """The threat with another budget, of the same type, so that programs are reused."""
-    old = threat.eps
-    new = float(eps) if isinstance(old, (int, float)) else np.asarray(eps, np.asarray(old).dtype)
-    return dataclasses.replace(threat, eps=new)  # pyright: ignore[reportArgumentType]
-
-
-def refit(attack: Any, old: float, new: float) -> Any:
-    """Give an attack another budget: budgets of its threats and its step sizes are scaled by `new / old`.
-
-    Args:
-      attack: a frozen dataclass with `threat` and perhaps `step_size`, or one that holds such attacks.
-      old: the budget it was made for.
-      new: the budget it gets.
-
-    Returns:
-      The attack; its structure is unchanged, so compiled programs are reused.
-    """
-    changes = {}
-    for field in dataclasses.fields(attack):
-        value = getattr(attack, field.name)
-        if isinstance(value, Threat):
-            changes[field.name] = _with_eps(value, new if float(value.eps) == old else float(value.eps) * (new / old))
-        elif isinstance(value, Attack):
-            changes[field.name] = refit(value, old, new)
-        elif isinstance(value, tuple) and value and all(isinstance(v, Attack) for v in value):
-            changes[field.name] = tuple(refit(v, old, new) for v in value)
-        elif field.name == "step_size":
-            changes[field.name] = value * (new / old)
-    return dataclasses.replace(attack, **changes)
-
-
-def _stages(attacks: Any, restarts: int | None) -> tuple[Stage, ...]:
-    """Read the argument `attacks`: a protocol's name, or attacks, names and stages."""
-    if attacks is None or isinstance(attacks, str) and attacks in PROTOCOLS:
-        chosen = PROTOCOLS[attacks or "standard"]
-    else:
-        several = attacks if isinstance(attacks, (tuple, list)) and not isinstance(attacks, Stage) else (attacks,)
-        chosen = tuple(a if isinstance(a, Stage) else Stage(a) for a in several)
-    if not chosen:
-        raise ValueError("attacks must name at least one attack; got none. Pass attacks='standard' for the default.")
-    if restarts is not None:
-        check.whole("restarts", restarts)
-        chosen = tuple(stage._replace(restarts=restarts) for stage in chosen)
-    for stage in chosen:
-        if isinstance(stage.attack, str):
-            check.choice("attack or protocol", stage.attack, ATTACKS if len(chosen) > 1 else {**ATTACKS, **PROTOCOLS})
-        elif not callable(stage.attack) and not isinstance(stage.attack, Attack):
-            raise TypeError(
-                f"attacks must be names, attacks or functions of a threat; got {type(stage.attack).__name__}."
-            )
-    return chosen
-
-
-def _build(stage: Stage, base: Threat, threat: Threat) -> Any:
-    """The attack of a stage for a threat that differs from the evaluation's own at most in its budget."""
-    if not isinstance(stage.attack, Attack):
-        builder = ATTACKS[stage.attack] if isinstance(stage.attack, str) else stage.attack
-        return builder(threat, **dict(stage.settings))
-    if np.ndim(base.eps):
-        raise ValueError(
-            "attacks must be given by name or as functions of a threat where each example has its own eps; got a built "
-            f"{stage.attack.name!r}, whose budgets cannot follow the examples into batches. Pass its name."
-        )
-    if threat.eps is base.eps:
-        return stage.attack
-    return refit(stage.attack, float(base.eps), float(threat.eps))
-
-
-def describe(attack: Any) -> dict[str, Any]:
-    """Return an attack's settings as JSON: numbers and words as they are, functions by name.
-
-    Args:
-      attack: a frozen dataclass.
-
-    Returns:
-      The settings, without name and threat.
-    """
-
-    def plain(value: Any) -> Any:
-        if value is None or isinstance(value, (bool, int, str)):
-            return value
-        if isinstance(value, float):
-            return value if math.isfinite(value) else str(value)
-        if isinstance(value, Attack):
-            return {"name": value.name} | describe(value)
-        if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-            array = np.asarray(value)
-            number = array.size == 1 and np.issubdtype(array.dtype, np.number)
-            return plain(array.item()) if number else f"{array.dtype}{list(array.shape)}"
-        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-            return [plain(v) for v in value]
-        return getattr(value, "__name__", type(value).__name__)
-
-    fields = dataclasses.fields(attack) if dataclasses.is_dataclass(attack) else ()
-    values = {f.name: getattr(attack, f.name) for f in fields if f.name != "name"}
-    return {name: plain(value) for name, value in values.items() if not isinstance(value, Threat)}
-
-
 def _check_model(model: Any, x: np.ndarray) -> int:
     """Trace the model once on abstract values; return the number of classes or say what is wrong."""
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -366,7 +243,8 @@ def _check_curve(threat: Threat, eps_curve: Sequence[float]) -> tuple[float, ...
         check.positive("every eps of eps_curve", eps, "The accuracy at 0 is the clean accuracy.")
     if len(eps_curve) and ("eps" not in names or np.ndim(threat.eps)):
         raise ValueError(
-            f"eps_curve needs a threat with one number as its budget; got {threat.norm!r}. Evaluate each budget by itself."
+            f"eps_curve needs a threat with one number as its budget; got {threat.norm!r}. Evaluate each budget by "
+            f"itself."
         )
     main = float(np.max(np.asarray(threat.eps)))
     return tuple(sorted({float(e) for e in eps_curve if not math.isclose(e, main, rel_tol=1e-6)} | {main}))
@@ -392,7 +270,8 @@ def _targets(targets: Any, key: Any, y: np.ndarray, index: np.ndarray, logits: n
     same = np.flatnonzero(target == y)
     if len(same):
         raise ValueError(
-            f"targets must differ from the labels; got the label itself for {len(same)} examples, first at row {same[0]}. "
+            f"targets must differ from the labels; got the label itself for {len(same)} examples, first at row "
+            f"{same[0]}. "
             "Leave those examples out, or pass targets='next'."
         )
     return target.astype(np.int32), rule
@@ -431,14 +310,14 @@ def _run_stage(
 ) -> _Seen:
     """Run all restarts of one attack on what is left, verify what it returns, and enter it in the ledger."""
     start, n, apart = time.perf_counter(), len(problem.x), np.ndim(threat.eps) > 0
-    attack = _build(stage, base, _cut(threat, np.arange(problem.batch), n))
+    attack = build(stage, base, _cut(threat, np.arange(problem.batch), n))
     counts = dict.fromkeys(("claimed", "refused", "queries", "grads"), 0)
     before, tried, zero, nonfinite, sizes = len(ledger.open()), 0, 0, np.zeros(n, bool), []
     for restart in range(stage.restarts):
         label = f"{attack.name}, restart {restart + 1} of {stage.restarts}, eps {float(np.max(threat.eps)):.4g}"
         queue = ledger.open()
         tick(n - len(queue), label)
-        one = attack if not apart else lambda part, queue=queue: _build(stage, base, _cut(threat, queue[part], n))
+        one = attack if not apart else lambda part, queue=queue: build(stage, base, _cut(threat, queue[part], n))
         served = survivors(
             one,
             problem.key,
@@ -494,7 +373,7 @@ def _run_noise(problem: Problem, number: int, threat: Threat, ledger: Ledger) ->
 
 
 def _carry(problem: Problem, threat: Threat, ledger: Ledger) -> int:
-    """Verify at a new budget what was broken at smaller ones; what does not hold is open again. Return how many hold."""
+    """Verify at a new budget what was broken at smaller ones, reopen what does not hold, return how many hold."""
     rows = ledger.broken()
     if not len(rows):
         return 0
@@ -510,13 +389,13 @@ def _carry(problem: Problem, threat: Threat, ledger: Ledger) -> int:
 def _sweep(
     problem: Problem, stages: Sequence[Stage], threat: Threat, budgets: Sequence[float], ledger: Ledger, tick: _Progress
 ) -> tuple[Ledger, list[_Seen], list[dict], list[dict]]:
-    """Evaluate budgets from small to large; return the ledger and the evidence at the threat's own, the curve, the seconds."""
+    """Evaluate budgets from small to large; return ledger and evidence at the threat's own, the curve, the seconds."""
     main = float(np.max(np.asarray(threat.eps)))
     curve, seconds, kept, lowest = [], [], (ledger, []), 1.0
     n, sampled = len(problem.x), type(threat).sample is not Threat.sample
     for eps in budgets:
         start = time.perf_counter()
-        here = threat if eps == main else _with_eps(threat, eps)
+        here = threat if eps == main else with_eps(threat, eps)
         carried = _carry(problem, here, ledger)
         seen = [_run_stage(problem, stage, i, threat, here, ledger, tick) for i, stage in enumerate(stages)]
         if sampled:
@@ -534,13 +413,17 @@ def _sweep(
 def _statements(threat: Threat, curve: Sequence, rule: str | None, noise: bool) -> list[str]:
     """The sentences that a reader of the numbers must know."""
     out = [
-        "Robust accuracy is an upper bound: the share of examples classified correctly at every point that these attacks found. "
+        "Robust accuracy is an upper bound: the share of examples classified correctly at every point that these "
+        "attacks found. "
         "A stronger attack may lower it.",
         "Misclassified examples are not robust and were not attacked.",
-        "Every counted point was verified apart from the attack: float32, inside the bounds, its size in float64 at most eps plus "
-        "one rounding of each coordinate, and the model asked again at matrix precision 'highest'. Logits that are not finite "
+        "Every counted point was verified apart from the attack: float32, inside the bounds, its size in float64 at "
+        "most eps plus "
+        "one rounding of each coordinate, and the model asked again at matrix precision 'highest'. Logits that are "
+        "not finite "
         "never count as robust.",
-        "Intervals are 95 % Clopper-Pearson: they tell of the sampling of examples, not of the strength of the attacks.",
+        "Intervals are 95 % Clopper-Pearson: they tell of the sampling of examples, not of the strength of the "
+        "attacks.",
     ]
     if noise:
         out.append(
@@ -551,12 +434,14 @@ def _statements(threat: Threat, curve: Sequence, rule: str | None, noise: bool) 
         out.append(f"The threat is a union of {members}; sizes are shares of a member's budget.")
     if curve:
         out.append(
-            "A point found within a smaller budget lies within every larger one: it was verified there and carried over, and the "
+            "A point found within a smaller budget lies within every larger one: it was verified there and carried "
+            "over, and the "
             "curve is the pointwise minimum, so it cannot rise."
         )
     if rule is not None:
         out.append(
-            f"The evaluation is targeted (rule: {rule}): an example is broken only when its target class is reached (or logits are "
+            f"The evaluation is targeted (rule: {rule}): an example is broken only when its target class is reached "
+            f"(or logits are "
             "not finite). Untargeted robust accuracy may be much lower."
         )
     return out
@@ -679,12 +564,13 @@ def evaluate(
 
     Args:
       key: a typed key; the same key gives the same report but for `timing`.
-      model: logits `[b, k]` from a batch `[b, ...]`; a callable pytree (new weights then reuse compiled programs) or a function.
+      model: logits `[b, k]` from a batch `[b, ...]`; a callable pytree (new weights then reuse compiled programs) or a
+        function.
       x: float `[n, ...]` examples within the threat's bounds.
       y: int `[n]` labels in [0, k).
       threat: what the attacker may do; `eps` a number, or `[n]` with attacks given by name.
-      attacks: a name in `PROTOCOLS`, or a tuple of attacks, names in `attacks.ATTACKS`, functions from a threat to an attack, and
-        `Stage`s. Default: `standard`.
+      attacks: a name in `PROTOCOLS`, or a tuple of attacks, names in `attacks.ATTACKS`, functions from a threat to an
+        attack, and `Stage`s. Default: `standard`.
       restarts: how often every attack runs; None leaves it to the protocol (once for bare attacks).
       name: the model's name in the report.
       index: int `[n]` dataset indices, from which random keys come; `arange(n)` by default.
@@ -704,11 +590,12 @@ def evaluate(
       TypeError: on labels or inputs of a wrong dtype, or an untyped key.
 
     References:
-      Carlini et al. 2019, On evaluating adversarial robustness, arXiv:1902.06705. Croce et al. 2021, RobustBench, arXiv:2010.09670.
+      Carlini et al. 2019, On evaluating adversarial robustness, arXiv:1902.06705. Croce et al. 2021, RobustBench,
+      arXiv:2010.09670.
     """
     start = time.perf_counter()
     problem, classes = _problem(key, model, x, y, threat, index, batch_size)
-    stages, budgets = _stages(attacks, restarts), _check_curve(threat, eps_curve)
+    stages, budgets = stages_of(attacks, restarts), _check_curve(threat, eps_curve)
     n = len(problem.x)
     clean = logits_of(problem.model, problem.x, problem.batch)
     finite = np.isfinite(clean).all(-1)

@@ -1,7 +1,8 @@
 """Red flags: what makes the numbers of an evaluation doubtful, in plain words and with a remedy.
 
-What lives here: the table `FLAGS` and the tests behind it, each a function that returns a `Flag` or None. What does not: errors
-(impossible arguments are refused by `core.check`), and any influence on the numbers: a flag never changes an accuracy.
+What lives here: the table `FLAGS` and the tests behind it, each a function that returns a `Flag` or None. What does
+not: errors (impossible arguments are refused by `core.check`), and any influence on the numbers: a flag never changes
+  an accuracy.
 
 | severity | meaning |
 | --- | --- |
@@ -36,31 +37,37 @@ FLAGS: dict[str, Kind] = {
     "zero_gradient": Kind(
         "warning",
         "A gradient attack met gradients that are exactly zero, so it had nothing to follow.",
-        "Attack with a margin loss, replace quantizers and other flat parts on the backward pass (BPDA), and add a black-box attack.",
+        "Attack with a margin loss, replace quantizers and other flat parts on the backward pass (BPDA), and add a "
+        "black-box attack.",
     ),
     "probabilities": Kind(
         "warning",
-        "The model returns probabilities: every row lies in [0, 1] and sums to one. Losses on them saturate and hide gradients.",
+        "The model returns probabilities: every row lies in [0, 1] and sums to one. Losses on them saturate and hide "
+        "gradients.",
         "Return logits: leave the softmax out of the model.",
     ),
     "input_out_of_range": Kind(
         "warning",
-        "The examples do not fill the range that the bounds promise, so the budget means something else than it seems to.",
+        "The examples do not fill the range that the bounds promise, so the budget means something else than it seems "
+        "to.",
         "Pass examples in the range of the bounds and put any normalization inside the model.",
     ),
     "label_mismatch": Kind(
         "error",
-        "Labels and predictions do not fit: the model is not better than chance, or right only after renaming the classes.",
+        "Labels and predictions do not fit: the model is not better than chance, or right only after renaming the "
+        "classes.",
         "Check the order of the classes, labels that start at 1, and that this is the model's data set.",
     ),
     "budget_unusable": Kind(
         "error",
-        "The budget is too small to change an input in float32, or so large that every input can be turned into plain gray.",
+        "The budget is too small to change an input in float32, or so large that every input can be turned into plain "
+        "gray.",
         "Give eps in the units of x (8/255 for images in [0, 1], not 8).",
     ),
     "budget_unused": Kind(
         "warning",
-        "The perturbations stay far below the budget although examples survive: the attack did not use what it was allowed.",
+        "The perturbations stay far below the budget although examples survive: the attack did not use what it was "
+        "allowed.",
         "Use larger steps or more of them, and check the units of eps and of the step size.",
     ),
     "attack_weaker_than_noise": Kind(
@@ -85,9 +92,11 @@ FLAGS: dict[str, Kind] = {
     ),
     "claims_refused": Kind(
         "warning",
-        "An attack claimed successes that did not hold when checked: points outside the budget or bounds, not finite, or classified "
+        "An attack claimed successes that did not hold when checked: points outside the budget or bounds, not finite, "
+        "or classified "
         "correctly.",
-        "Do not trust this attack's own numbers; give it the same threat as the evaluation. The report counts verified points only.",
+        "Do not trust this attack's own numbers; give it the same threat as the evaluation. The report counts "
+        "verified points only.",
     ),
 }
 """Flags by name; each has a test with a planted defect."""
@@ -229,7 +238,7 @@ def input_range(x: np.ndarray, bounds: tuple[Any, Any], threshold: float = 0.1) 
         )
     mean, spread = float(x.mean(dtype=np.float64)), float(x.std(dtype=np.float64))
     if x.min() < -0.3 and abs(mean) < 0.25 and abs(spread - 1) < 0.25 and float(np.max(high - low)) > 2:
-        detail = f"Mean {mean:.2g} and deviation {spread:.2g} look standardized ({found}): eps counts deviations, not pixel values."
+        detail = f"Mean {mean:.2g} and deviation {spread:.2g} look standardized ({found}): eps counts deviations."
         return flag("input_out_of_range", abs(spread - 1), 0.25, detail)
     return None
 
@@ -242,8 +251,8 @@ def label_mismatch(logits: np.ndarray, y: np.ndarray) -> Flag | None:
       y: int `[n]` labels in [0, k).
 
     Returns:
-      A flag if accuracy is at most chance (with 10 or more examples), or if a renaming of the classes lifts it from below one half
-      to above 0.7 (with at least four examples for each class).
+      A flag if accuracy is at most chance (with 10 or more examples), or if a renaming of the classes lifts it from
+      below one half to above 0.7 (with at least four examples for each class).
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -306,7 +315,8 @@ def budget_unused(eps: Any, sizes: np.ndarray, survivors: int, threshold: float 
 
     Args:
       eps: the budget, a number or `[m]`.
-      sizes: `[m]` sizes of what the attacks returned: the successful perturbations, or all of them where none succeeded.
+      sizes: `[m]` sizes of what the attacks returned: the successful perturbations, or all of them where none
+        succeeded.
       survivors: number of examples that no attack broke.
       threshold: share of the budget.
       least: with fewer sizes nothing is said.

@@ -1,8 +1,9 @@
 """Exact confidence intervals for accuracies.
 
-What lives here: how far a share measured on n examples may lie from the truth. What does not: the accuracies themselves (those
-are counted in `engine`). The interval is Clopper and Pearson's: it inverts the binomial test, so its coverage is at least the
-stated level for every n and every true share, also at 0 and at n of n, where the normal approximation has width zero.
+What lives here: how far a share measured on n examples may lie from the truth. What does not: the accuracies themselves
+(those are counted in `engine`). The interval is Clopper and Pearson's: it inverts the binomial test, so its coverage is
+at least the stated level for every n and every true share, also at 0 and at n of n, where the normal approximation has
+width zero.
 
 | case | result |
 | --- | --- |
@@ -32,7 +33,8 @@ def clopper_pearson(hits: int, n: int, level: float = 0.95) -> tuple[float, floa
     (0.0, 0.308497)
 
     References:
-      Clopper and Pearson 1934, The use of confidence or fiducial limits illustrated in the case of the binomial, Biometrika 26.
+      Clopper and Pearson 1934, The use of confidence or fiducial limits illustrated in the case of the binomial,
+      Biometrika 26.
     """
     from scipy.stats import binomtest
 

@@ -1,10 +1,11 @@
 """The report: what an evaluation found, as plain data with a versioned JSON form.
 
-What lives here: the dataclasses `Report` and `ModelReport`, their JSON in and out with validation, several reports merged into one,
-and the folder a report is saved in. What does not: any counting (`engine`), pages (`html`, `markdown`).
+What lives here: the dataclasses `Report` and `ModelReport`, their JSON in and out with validation, several reports
+merged into one, and the folder a report is saved in. What does not: any counting (`engine`), pages (`html`,
+`markdown`).
 
-Two runs of one seed give the same JSON but for `timing`. The JSON is strict: no NaN, no infinity. Every example has an outcome in
-the columns of `examples`:
+Two runs of one seed give the same JSON but for `timing`. The JSON is strict: no NaN, no infinity. Every example has an
+outcome in the columns of `examples`:
 
 | `by` | meaning | `restart` | `size` |
 | --- | --- | --- | --- |
@@ -65,7 +66,8 @@ class ModelReport:
       n: number of examples.
       clean_accuracy: share of examples classified correctly without an attack.
       clean_interval: its 95 % Clopper-Pearson interval.
-      robust_accuracy: share classified correctly at every point that any attack found, so an upper bound on the true one.
+      robust_accuracy: share classified correctly at every point that any attack found, so an upper bound on the true
+        one.
       robust_interval: its 95 % Clopper-Pearson interval (of sampling, not of the strength of the attacks).
       threat: `norm`, `eps`, `bounds`.
       attacks: one entry for each attack in the order they ran, each on the survivors of those before.
@@ -345,7 +347,8 @@ def _outcomes(tree: Mapping[str, Any], where: str) -> None:
     clean, robust = (sum(b != MISCLASSIFIED for b in by) / n, by.count(ROBUST) / n)
     if (clean, robust) != (tree["clean_accuracy"], tree["robust_accuracy"]):
         raise ValueError(
-            f"{where}: the outcomes must add up to the accuracies; they give {clean} clean and {robust} robust, stated are "
+            f"{where}: the outcomes must add up to the accuracies; they give {clean} clean and {robust} robust, "
+            f"stated are "
             f"{tree['clean_accuracy']} and {tree['robust_accuracy']}. Edited by hand?"
         )
     if any(not (isinstance(b, int) and MISCLASSIFIED <= b < len(tree["attacks"])) for b in by):
@@ -364,7 +367,8 @@ def merge(*reports: Report) -> Report:
       One report with all their models, in order.
 
     Raises:
-      ValueError: if nothing is given, two models share a name, or the reports differ in examples, key, versions or device.
+      ValueError: if nothing is given, two models share a name, or the reports differ in examples, key, versions or
+      device.
     """
     if not reports:
         raise ValueError("merge needs at least one report; got none. Pass the reports one by one: merge(*reports).")
