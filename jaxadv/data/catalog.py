@@ -224,7 +224,7 @@ def tfds_source(
             "save the arrays x and y as an .npz file."
         ) from error
     folder = _prepared(os.fspath(name), Path(data_dir) if data_dir else Path.home() / "tensorflow_datasets")
-    builder = tfds.builder_from_directory(folder)
+    builder: Any = tfds.builder_from_directory(folder)
     known = set(builder.info.splits)
     own = "validation" in known
     part = split if own or split == "test" else "train"

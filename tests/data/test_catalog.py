@@ -295,7 +295,7 @@ def test_tfds_folders_that_are_not_there(tmp_path):
 
 def test_of_several_versions_the_newest_is_read(tmp_path):
     folder = prepare(tmp_path)
-    for version in ("0.9.0", "1.10.0"):
+    for version in ("1.9.0", "1.10.0"):
         other = tmp_path / "tiny" / version
         other.mkdir()
         for file in folder.iterdir():

@@ -193,6 +193,9 @@ def test_without_epochs_the_stream_has_no_end():
     seen = [next(stream)["index"] for _ in range(10)]
     assert np.concatenate(seen[8:]).tolist() == data.order(4, 0, 4).tolist()
     stream.close()
+    resumed = data.batches(small(4), 2, seed=0, start=7)
+    assert [next(resumed)["index"].tolist() for _ in range(3)] == [index.tolist() for index in seen[7:]]
+    resumed.close()
 
 
 @pytest.mark.parametrize(
@@ -277,6 +280,29 @@ def test_no_thread_is_left_behind(how):
         del stream
         gc.collect()
     assert not readers()
+
+
+def test_a_stream_may_be_collected_inside_its_own_thread():
+    """As happens when the garbage collector runs there; waiting for itself would be an error."""
+    go, closed = threading.Event(), []
+
+    def place(batch):
+        if batch["index"][0] == 2:
+            go.wait(5)
+            try:
+                stream.close()
+                closed.append("quietly")
+            except RuntimeError as error:
+                closed.append(error)
+        return batch
+
+    stream = data.batches(small(8), 1, seed=0, shuffle=False, place=place)
+    next(stream)
+    own = readers()
+    go.set()
+    for thread in own:
+        thread.join(5)
+    assert closed == ["quietly"] and not readers()
 
 
 def test_place_runs_on_every_batch():
