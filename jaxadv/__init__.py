@@ -1,7 +1,8 @@
 """jaxadv: attack, train, certify, privatize, explain and analyze any classifier that is a pure function.
 
-`import jaxadv as ja` loads nothing heavy: a room or a name is imported when it is first used, and no backend is initialized.
-What lives here: the list of public names. What does not: any code of their own; each name stands in the room it comes from.
+`import jaxadv as ja` loads nothing heavy: a room or a name is imported when it is first used, and no backend is
+initialized. What lives here: the list of public names. What does not: their code; each stands in the room it
+comes from.
 """
 
 from importlib import import_module
@@ -67,7 +68,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     raise AttributeError(
-        f"jaxadv has no public name {name!r}. Known: {', '.join(__all__)}; each room has more, e.g. `jaxadv.attacks.ATTACKS`."
+        f"jaxadv has no public name {name!r}. Known: {', '.join(__all__)}. Each room has more, e.g. attacks.ATTACKS."
     )
 
 

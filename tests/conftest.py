@@ -1,7 +1,7 @@
 """Test-wide settings: eight CPU devices, shape and type checks on, implicit promotion of ranks refused.
 
-Also two house rules: laws and spine carry the mark `corner`, and with `--strict-durations` a test that computes for more than
-five seconds without the mark `slow` fails the run.
+Also two house rules: laws and spine carry the mark `corner`, and with `--strict-durations` a test that computes for
+more than five seconds without the mark `slow` fails the run.
 """
 
 import os
@@ -10,7 +10,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 
-_HOOK = install_import_hook("jaxadv", "beartype.beartype")  # wraps every module of the package as it is imported
+# Wraps every module of the package as it is imported. With PEP 484's tower an int is good where a float is asked for.
+_CHECK = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+_HOOK = install_import_hook("jaxadv", _CHECK)
 
 import time
 from pathlib import Path

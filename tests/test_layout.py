@@ -57,7 +57,7 @@ DISTRIBUTIONS = {
 WAITING = {  # declared, and imported by no file of the package yet
     "diffrax": "named by the project's owner as part of the core stack; the room continuous/ is its border",
     "lineax": "arrives with diffrax; listed because influence functions and Gauss-Newton will import it directly",
-    "optimistix": "arrives with diffrax; listed because root finding in attacks and certificates will import it directly",
+    "optimistix": "arrives with diffrax; listed because root finding in attacks will import it directly",
     "chex": "named by the project's owner as part of the core stack; the tests count traces with it",
 }
 

@@ -1,7 +1,8 @@
 """`jaxadv claims` and `jaxadv bench`: doors to `benchmarks/` of a source checkout.
 
-What lives here: finding the checkout and handing over. What does not: any experiment, and how results become tables; both stand in
-the checkout's `benchmarks/`, which an installed package does not carry. Each function returns what is to be printed.
+What lives here: finding the checkout and handing over. What does not: any experiment, and how results become
+tables; both stand in the checkout's `benchmarks/`, which an installed package does not carry. Each function
+returns what is to be printed.
 """
 
 import importlib
@@ -41,7 +42,7 @@ def _framework(root: str | os.PathLike) -> Any:
 
 
 def claims_list(root: str | os.PathLike = ".") -> list[dict[str, str]]:
-    """Return one row for each claim: `name`, `tier`, `verdict` ("not measured yet" without a stored result), `sentence`.
+    """Return one row for each claim: `name`, `tier`, `verdict` ("not measured yet" without a result), `sentence`.
 
     Args:
       root: the source checkout.
@@ -70,7 +71,7 @@ def claims_run(
     settings: dict[str, Any] | None = None,
     smoke: bool = False,
 ) -> dict[str, Any]:
-    """Run a claim; store its record in `benchmarks/claims/results/` unless it is a smoke run or deviates from the claim.
+    """Run a claim, and store its record in `benchmarks/claims/results/` if it was run as written.
 
     Args:
       root: the source checkout.
@@ -80,7 +81,7 @@ def claims_run(
       smoke: one step of everything with one seed.
 
     Returns:
-      The record, with `path` (where it was stored, or None): a record that the table may show is one of the claim as written.
+      The record, with `path`: where it was stored, or None (smoke, other settings, or fewer than three seeds).
 
     Raises:
       NeedsCheckout: if `root` is none.
