@@ -9,6 +9,7 @@ Bookkeeping: the clean point counts as a candidate, so an attack never does wors
 first by (fails, lowest criterion); success is judged in the end by asking the model again at the returned point.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxadv import losses
 from jaxadv.core import Attack, Result, Threat, check, is_labels, pytree, robust, select, static
 
-STARTS = ("zero", "random", "sign")
+STARTS = ("zero", "random", "sign", "unclipped")
 
 
 class State(NamedTuple):
@@ -142,6 +143,8 @@ class GradientAttack(Attack):
             return x
         if self.start == "random":
             return self.threat.sample(keys, x)
+        if self.start == "unclipped":
+            return dataclasses.replace(self.threat, bounds=(-jnp.inf, jnp.inf)).sample(keys, x)
         draw = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
         half = jnp.broadcast_to(jnp.asarray(self.threat.eps, x.dtype) / 2, x.shape[:1])
         return self.threat.project(x + half.reshape((-1,) + (1,) * (x.ndim - 1)) * jnp.sign(draw), x)
@@ -210,7 +213,8 @@ def pgd(
       loss: what to minimize, `(logits, y) -> [b]`; a module-level function, so that equal attacks share one compiled
         program.
       criterion: what the best point is chosen by; success never depends on it.
-      start: `"random"`, `"zero"`, or `"sign"` (half a budget along random signs).
+      start: `"random"` (feasible), `"zero"`, `"sign"` (half a budget along random signs), or `"unclipped"`: random
+        within the budget but not within the bounds until the first step, only with `keep="last"`.
       early: stop a row once it is broken.
       keep: `"best"` point seen, the clean one included, or `"last"` point, as in training (spends no extra forward
         pass).
@@ -233,6 +237,8 @@ def pgd(
     check.whole("steps", steps)
     check.choice("start", start, STARTS)
     check.choice("keep", keep, ("best", "last"))
+    if start == "unclipped" and keep != "last":
+        raise ValueError("start='unclipped' leaves the bounds, so it must go with keep='last'; got keep='best'.")
     if step_size is None:
         step_size = (
             2.5 * jnp.asarray(threat.eps, jnp.float32) / steps if not _number(threat.eps) else 2.5 * threat.eps / steps
@@ -274,7 +280,8 @@ def fgsm(
 
     References:
       Goodfellow et al. 2015, Explaining and harnessing adversarial examples, sec. 4, arXiv:1412.6572. With
-      `start="random"` and `step_size=1.25 * eps` it is the step of Wong et al. 2020 (FGSM-RS), arXiv:2001.03994.
+      `start="random"` and `step_size=1.25 * eps` it is the step of Wong et al. 2020 (FGSM-RS), arXiv:2001.03994, as
+      in their CIFAR-10 code; their MNIST code starts `"unclipped"`.
     """
     return pgd(threat, **{"steps": 1, "step_size": threat.eps, "start": "zero", "loss": loss, "name": name} | settings)
 
