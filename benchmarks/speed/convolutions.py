@@ -1,0 +1,87 @@
+"""Which form of a convolution is fastest inside a loop: the measurements behind `core.convolution.choose`.
+
+For the convolutions of `cnn_small` and PreAct-ResNet-18, forward and input gradient, inside a compiled loop: as XLA
+finds it (`plain`), in each form of `core.FORMS`, and compiled alone outside any loop (`alone`). Prints milliseconds and
+stores them.
+
+Usage: python benchmarks/speed/convolutions.py [--rounds 5]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxadv import core
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+
+# name: batch, size, channels in, channels out, kernel, stride, padding
+CASES = {
+    "cnn_small.1": (478, 28, 1, 16, 4, 2, 1),
+    "cnn_small.2": (478, 14, 16, 32, 4, 2, 1),
+    "resnet.stem": (64, 32, 3, 64, 3, 1, 1),
+    "resnet.1": (64, 32, 64, 64, 3, 1, 1),
+    "resnet.2.down": (64, 32, 64, 128, 3, 2, 1),
+    "resnet.2.shortcut": (64, 32, 64, 128, 1, 2, 0),
+    "resnet.2": (64, 16, 128, 128, 3, 1, 1),
+    "resnet.3.down": (64, 16, 128, 256, 3, 2, 1),
+    "resnet.3": (64, 8, 256, 256, 3, 1, 1),
+    "resnet.4.down": (64, 8, 256, 512, 3, 2, 1),
+    "resnet.4": (64, 4, 512, 512, 3, 1, 1),
+}
+REPEATS = 4
+
+
+def contenders(case, backward: bool):
+    """Return blocking calls of one convolution (or its input gradient) in each form."""
+    b, h, c, o, k, s, p = case
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(b, h, h, c)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(k, k, c, o)), jnp.float32)
+
+    def forward(x):
+        return lax.conv_general_dilated(x, w, (s, s), ((p, p), (p, p)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    given = jax.jit(forward)(x) if backward else x
+    once = (lambda g: jax.linear_transpose(forward, x)(g)[0]) if backward else forward
+
+    def looped(fn):
+        def body(_, carry):
+            inside, last = carry
+            return inside + last * 1e-30, fn(inside).ravel()[0]
+
+        run = jax.jit(lambda g: lax.fori_loop(0, REPEATS, body, (g, jnp.float32(0)))[1])
+        return lambda: run(given).block_until_ready()
+
+    alone = jax.jit(once)
+    calls = {"plain": looped(once), "chosen": looped(core.canonical(once, enabled=True))}
+    calls |= {form: looped(core.canonical(once, enabled=True, form=form)) for form in core.FORMS}
+    return calls | {"alone": lambda: [alone(given).block_until_ready() for _ in range(REPEATS)]}
+
+
+def main() -> None:
+    """Measure all cases, print the table, store the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    record: dict = {}
+    rows = [["convolution", "direction", "plain", "chosen", *core.FORMS, "alone"]]
+    for name, case in CASES.items():
+        for backward in (False, True):
+            times = harness.side_by_side(contenders(case, backward), args.rounds)
+            direction = "input gradient" if backward else "forward"
+            ms = {k: 1e3 * v["median"] / REPEATS for k, v in times.items()}
+            record[f"{name} {direction}"] = ms
+            rows.append([name, direction, *(f"{ms[k]:.1f}" for k in rows[0][2:])])
+    print(harness.table(rows))
+    print(f"stored in {harness.store('convolutions', {'milliseconds': record, 'environment': harness.environment()})}")
+
+
+if __name__ == "__main__":
+    main()
