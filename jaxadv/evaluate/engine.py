@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxadv import __version__
 from jaxadv.core import Attack, Result, Targets, Threat, check, example_keys, feasible, run
 from jaxadv.evaluate import flags as red
 from jaxadv.evaluate.intervals import share
@@ -61,6 +62,10 @@ class Problem(NamedTuple):
     def goal(self, rows: np.ndarray) -> Any:
         """Return what the attacks on these rows are given in the place of `y`."""
         return self.y[rows] if self.target is None else Targets(self.y[rows], self.target[rows])
+
+    def judge(self, rows: np.ndarray, points: np.ndarray, threat: Threat) -> Verdict:
+        """Return the verdict on points for these rows, under a threat cut for them."""
+        return _verdict(self.model, points, self.x[rows], self.goal(rows), _host(threat), self.batch)
 
 
 @dataclasses.dataclass
@@ -127,7 +132,11 @@ def logits_of(model: Any, x: np.ndarray, batch_size: int = 500) -> np.ndarray:
     Returns:
       float32 `[n, k]`.
     """
-    batch = min(batch_size, len(x))
+    return _logits(model, x, min(batch_size, len(x)))
+
+
+def _logits(model: Any, x: np.ndarray, batch: int) -> np.ndarray:
+    """Logits through batches of exactly this many rows, so that few rows do not ask for a program of their own."""
     with jax.default_matmul_precision("highest"):
         found = [np.asarray(_forward(model, x[rows]), np.float32)[:m] for rows, m in _batches(np.arange(len(x)), batch)]
     return np.concatenate(found)
@@ -154,15 +163,19 @@ def verify(model: Any, x_adv: Any, x: Any, y: Any, threat: Threat, *, batch_size
     x_adv, x = np.asarray(x_adv, np.float32), np.asarray(x, np.float32)
     if x_adv.shape != x.shape:
         raise ValueError(f"x_adv must have the shape of x, {x.shape}; got {x_adv.shape}. Points of another selection?")
-    model, threat = _callable(model), _host(threat)
+    return _verdict(_callable(model), x_adv, x, y, _host(threat), min(batch_size, len(x)))
+
+
+def _verdict(model: Any, x_adv: np.ndarray, x: np.ndarray, y: Any, threat: Threat, batch: int) -> Verdict:
+    """The verdict of `verify`, through batches of exactly this many rows; the threat has numpy leaves."""
     allowed, size = np.zeros(len(x), bool), np.zeros(len(x))
-    for start in range(0, len(x), batch_size):
-        rows = slice(start, start + batch_size)
+    for start in range(0, len(x), batch):
+        rows = slice(start, start + batch)
         part = _cut(threat, np.arange(len(x))[rows], len(x))
         with np.errstate(invalid="ignore"):
             allowed[rows] = feasible(part, x_adv[rows], x[rows])
             size[rows] = part.size(x_adv[rows].astype(np.float64), x[rows].astype(np.float64))
-    logits = logits_of(model, x_adv, batch_size)
+    logits = _logits(model, x_adv, batch)
     finite = np.isfinite(logits).all(-1)
     predicted = np.where(finite, logits.argmax(-1), -1)
     wrong = predicted == np.asarray(y.target) if isinstance(y, Targets) else predicted != np.asarray(y)
@@ -331,8 +344,7 @@ def _run_stage(
         for part, result in served:
             rows, points = queue[part], np.asarray(result.x, np.float32)
             allowed = _cut(threat, rows, n)
-            goal = problem.goal(rows)
-            verdict = verify(problem.model, points, problem.x[rows], goal, allowed, batch_size=problem.batch)
+            verdict = problem.judge(rows, points, allowed)
             ledger.write(rows, points, verdict, number, restart)
             claimed = np.asarray(result.success, bool)
             counts["claimed"] += int(claimed.sum())
@@ -362,8 +374,7 @@ def _run_noise(problem: Problem, number: int, threat: Threat, ledger: Ledger) ->
             _noise(_cut(threat, rows, n), problem.key, problem.x[rows], problem.index[rows]), np.float32
         )
         rows, points = rows[:real], points[:real]
-        allowed, goal = _cut(threat, rows, n), problem.goal(rows)
-        verdict = verify(problem.model, points, problem.x[rows], goal, allowed, batch_size=problem.batch)
+        verdict = problem.judge(rows, points, _cut(threat, rows, n))
         ledger.write(rows, points, verdict, number, 0)
     broken = len(queue) - len(ledger.open())
     row = {"name": "noise", "settings": {"draws": 1}, "restarts": 1, "attacked": len(queue), "broken": broken}
@@ -377,9 +388,7 @@ def _carry(problem: Problem, threat: Threat, ledger: Ledger) -> int:
     rows = ledger.broken()
     if not len(rows):
         return 0
-    allowed, points = _cut(threat, rows, len(problem.x)), ledger.x[rows]
-    goal = problem.goal(rows)
-    holds = verify(problem.model, points, problem.x[rows], goal, allowed, batch_size=problem.batch).broken
+    holds = problem.judge(rows, ledger.x[rows], _cut(threat, rows, len(problem.x))).broken
     lost = rows[~holds]
     ledger.by[lost], ledger.restart[lost], ledger.size[lost] = ROBUST, -1, np.nan
     ledger.x[lost], ledger.adversarial[lost] = problem.x[lost], -1
@@ -493,13 +502,8 @@ def _data(data: Any, problem: Problem, classes: int) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    try:
-        own = metadata.version("jaxadv")
-    except metadata.PackageNotFoundError:
-        own = "source"
-    return {"jaxadv": own, "jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    own = {"jaxadv": __version__, "jax": jax.__version__}
+    return own | {"numpy": np.__version__, "python": platform.python_version()}
 
 
 def _problem(key: Any, model: Any, x: Any, y: Any, threat: Threat, index: Any, batch_size: int) -> tuple[Problem, int]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 640, 300
+WIDTH, HEIGHT = 520, 280
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 22, 44
 
 
@@ -177,7 +177,7 @@ def curves(title: str, lines: Sequence[Curve], xlabel: str, width: int = WIDTH, 
 
 
 def histogram(
-    title: str, sizes: Sequence[float], top: float, xlabel: str, series: int = 0, bins: int = 20, height: int = 220
+    title: str, sizes: Sequence[float], top: float, xlabel: str, series: int = 0, bins: int = 20, height: int = 200
 ) -> str:
     """Draw how sizes spread between 0 and `top`.
 

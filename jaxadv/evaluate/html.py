@@ -1,5 +1,4 @@
-"""The report as one HTML page that needs nothing beside itself: figures as inline SVG, images as base64 PNG, no
-scripts.
+"""The report as one HTML page that needs nothing beside itself: inline SVG, base64 PNG, no scripts.
 
 What lives here: the page. What does not: figures (`figures`), words for numbers (`markdown`), any counting. The JSON of
 the report is embedded in the page, so the page can be read by programs too.
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxadv.evaluate.figures import Bar, Curve, bars, curves, histogram
-from jaxadv.evaluate.markdown import data_words, interval, percent, threat_words
+from jaxadv.evaluate.markdown import carried_words, data_words, interval, percent, threat_words
 from jaxadv.evaluate.report import ModelReport, Report
 
 _PICTURES, _SIDE, _IMAGE_BYTES, _JSON_BYTES = 10, 96, 900_000, 700_000
@@ -33,7 +32,9 @@ body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.55 syste
 main { max-width: 1060px; margin: 0 auto; padding: 40px 24px 72px; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.015em; }
 h2 { font-size: 1.3rem; margin: 44px 0 12px; letter-spacing: -.01em; }
-h3 { font-size: 1rem; margin: 26px 0 8px; }
+h3 { font-size: 1rem; margin: 0 0 8px; }
+h2 i { display: inline-block; width: 14px; height: 14px; border-radius: 4px; margin-right: 10px; }
+.card > figure svg { max-width: 620px; }
 p { margin: 8px 0; max-width: 76ch; } .muted, figcaption { color: var(--muted); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin: 14px 0;
 } .scroll { overflow-x: auto; }
@@ -47,7 +48,7 @@ tr:last-child td { border-bottom: 0; } td.num, th.num { text-align: right; }
 svg { width: 100%; height: auto; display: block; } svg text { font-family: inherit; fill: var(--fg); }
 .tick { font-size: 12px; } svg .tick { fill: var(--muted); } .label { font-size: 13px; } .value { font-size: 13px;
 font-weight: 600; } .grid { stroke: var(--line); } .base { stroke: var(--muted); } .error { stroke: var(--fg);
-stroke-width: 1.5; } .bar.c { fill: var(--clean); } .curve { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
+stroke-width: 1.5; } .curve { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
 .band { opacity: .16; } .dot { stroke: var(--card); stroke-width: 1.5; }
 SERIES
 .key { display: inline-flex; align-items: center; gap: 6px; margin-right: 16px; font-size: .9rem; }
@@ -58,7 +59,7 @@ SERIES
 .flag b { text-transform: capitalize; } .flag p { margin: 2px 0; }
 .flag.error { border-color: var(--error); } .flag.error b { color: var(--error); } .flag.note b { color: var(--note); }
 .flag.warning { border-color: var(--warning); } .flag.warning b { color: var(--warning); }
-.wall { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 14px 12px; }
+.wall { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 14px 12px; }
 .wall figure { font-size: .8rem; } .wall figcaption { font-size: .78rem; margin: 2px 0 8px; line-height: 1.35; }
 .wall img { width: 100%; aspect-ratio: 1; object-fit: contain; display: block; image-rendering: pixelated;
 border-radius: 4px;
@@ -170,11 +171,17 @@ def _attack_table(model: ModelReport, color: int) -> str:
     return _table(head, rows, (1, 2, 3, 4, 6, 7))
 
 
+def _carried(model: ModelReport) -> str:
+    words = carried_words(model)
+    return f'<p class="muted">{_e(words)}</p>' if words else ""
+
+
 def _flag_list(model: ModelReport) -> str:
     if not model.flags:
         return '<p class="muted">No red flags: none of the checks of the evaluation itself was raised.</p>'
     return "".join(
-        f'<div class="flag {f.severity}"><p><b>{f.severity}</b> <code>{_e(f.name)}</code></p><p>{_e(f.words)} {_e(f.detail)}</p>'
+        f'<div class="flag {f.severity}"><p><b>{f.severity}</b> <code>{_e(f.name)}</code></p>'
+        f"<p>{_e(f.words)} {_e(f.detail)}</p>"
         f'<p class="muted">Remedy: {_e(f.remedy)}</p></div>'
         for f in model.flags
     )
@@ -299,13 +306,14 @@ def _model_section(report: Report, number: int) -> str:
         ]
         head = ["eps", "Robust accuracy", "95 % interval", "Broken", "Of these carried over"]
         points = f"<details><summary>Security curve in numbers</summary>{_table(head, rows, (0, 3, 4))}</details>"
-    return (
-        f'<section><h2>{_key([(color, model.name)])}</h2>{targeted}<div class="card"><h3 style="margin-top:0">Red flags</h3>'
-        f'{_flag_list(model)}</div><div class="card"><h3 style="margin-top:0">Attacks, each on the survivors of those before</h3>'
-        f'{_attack_table(model, color)}{points}</div><div class="card"><h3 style="margin-top:0">Sizes of perturbations</h3>'
-        f'{_sizes(model, color)}</div><div class="card"><h3 style="margin-top:0">Adversarial examples</h3>{_wall(report, number)}</div>'
-        "</section>"
-    )
+    cards = {
+        "Red flags": _flag_list(model),
+        "Attacks, each on the survivors of those before": _carried(model) + _attack_table(model, color) + points,
+        "Sizes of perturbations": _sizes(model, color),
+        "Adversarial examples": _wall(report, number),
+    }
+    body = "".join(f'<div class="card"><h3>{head}</h3>{content}</div>' for head, content in cards.items())
+    return f'<section><h2><i class="s{color}"></i>{_e(model.name)}</h2>{targeted}{body}</section>'
 
 
 def _settings(report: Report) -> str:
@@ -320,20 +328,22 @@ def _settings(report: Report) -> str:
     for model in report.models:
         lines = [f"{a['name']} x {a['restarts']}: {json.dumps(a['settings'])}" for a in model.attacks]
         blocks.append(
-            f"<details><summary>Attack settings: {_e(model.name)}</summary><pre>{_e(chr(10).join(lines))}</pre></details>"
+            f"<details><summary>Attack settings: {_e(model.name)}</summary>"
+            f"<pre>{_e(chr(10).join(lines))}</pre></details>"
         )
     times = []
     for entry in report.timing.get("models", []):
         times.append([_e(entry["name"]), "in all", f"{entry['total']:.2f}"])
         times += [["", f"<code>{_e(a['name'])}</code>", f"{a['seconds']:.2f}"] for a in entry.get("attacks", [])]
     blocks.append(
-        f"<details><summary>Timing, compilation included</summary>{_table(['Model', 'Part', 'Seconds'], times, (2,))}</details>"
+        "<details><summary>Timing, compilation included</summary>"
+        f"{_table(['Model', 'Part', 'Seconds'], times, (2,))}</details>"
     )
     return "".join(blocks)
 
 
 def _embedded(report: Report) -> str:
-    """The JSON of the report for programs, without the outcomes of the examples where they would make the page heavy."""
+    """The JSON of the report for programs, without the outcomes of the examples where that would be heavy."""
     tree = report.to_dict()
     text = json.dumps(tree, allow_nan=False)
     if len(text) > _JSON_BYTES:

@@ -70,6 +70,21 @@ def data_words(data: dict[str, Any]) -> str:
     return f"{name}{split}, {data['n']} examples of shape {shape}, {data['classes']} classes"
 
 
+def carried_words(model: ModelReport) -> str:
+    """Tell how many examples the attacks did not have to break, because a smaller budget of the curve had done so.
+
+    Args:
+      model: a model's report.
+
+    Returns:
+      A sentence, or nothing.
+    """
+    carried = next((p["carried"] for p in model.curve if p["eps"] == model.threat["eps"]), 0)
+    if not carried:
+        return ""
+    return f"{carried} examples had been broken at smaller budgets of the curve and were carried over with their sizes."
+
+
 def _cell(words: Any) -> str:
     return str(words).replace("|", "\\|").replace("\n", " ")
 
@@ -91,7 +106,8 @@ def _model(model: ModelReport) -> list[str]:
         + [a["queries"], a["grads"]]
         for a in model.attacks
     ]
-    out += ["", *_table(head, rows)]
+    words = carried_words(model)
+    out += ["", *_table(head, rows), *([words, ""] if words else [])]
     if model.curve:
         points = [
             [
@@ -107,7 +123,8 @@ def _model(model: ModelReport) -> list[str]:
     if model.targeted:
         rate = percent(model.targeted["success_rate"])
         out += [
-            f"Targeted (rule: {model.targeted['rule']}): {rate} of the correctly classified examples reached their target.",
+            f"Targeted (rule: {model.targeted['rule']}): {rate} of the correctly classified examples reached their "
+            f"target.",
             "",
         ]
     return out
