@@ -1,0 +1,120 @@
+"""Residual networks: the published variants against PyTorch's arithmetic on the same weights, sizes, norm-free depth.
+
+The fixture comes from `benchmarks/parity/models.py`, which has networks of its own in plain torch.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxadv import models
+from jaxadv.models.resnets import SHORTCUTS, Block, PreActResNet18, ResNet, WideResNet
+
+CASES = [
+    "mlp",
+    "cnn_small",
+    "cnn_madry",
+    "preact_resnet18_raw",
+    "preact_resnet18_preact",
+    "preact_resnet18_gradalign",
+    "wide_resnet",
+]
+
+
+def tiny(name, shape=(8, 8, 1), **options):
+    return jax.jit(lambda k: models.create(name, k, shape=shape, classes=3, **options))(jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_running_statistics_are_those_of_torch(stored, torch_case, name):
+    spec, arrays = torch_case(name)
+    net = models.from_torch_arrays(spec, arrays)
+    x = jnp.asarray(stored[f"{name}/x"], jnp.float32)
+    np.testing.assert_allclose(jax.jit(models.model(net))(x), stored[f"{name}/eval"], atol=1e-4)
+    logits, state = jax.jit(lambda n, x: n.apply(n.params, n.state, x, bn="train"))(net, x)
+    np.testing.assert_allclose(logits, stored[f"{name}/train"], atol=1e-4)
+    after = {k.split("/after/")[1]: v for k, v in stored.items() if k.startswith(f"{name}/after/")}
+    arrays = arrays | after
+    want = models.from_torch_arrays(spec, arrays).state
+    assert bool(after) == ("resnet" in name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), state, want)
+
+
+def test_the_three_variants_are_three_functions(stored, torch_case):
+    spec, arrays = torch_case("preact_resnet18_raw")
+    x = jnp.asarray(stored["preact_resnet18_raw/x"], jnp.float32)
+    raw = jax.jit(models.model(models.from_torch_arrays(spec, arrays)))(x)
+    spec["options"]["shortcut"] = "preact"
+    preact = jax.jit(models.model(models.from_torch_arrays(spec, arrays)))(x)
+    assert np.abs(raw - preact).max() > 0.01
+    spec["options"]["final_norm"] = False
+    with pytest.raises(ValueError, match="unexpected bn.weight"):
+        models.from_torch_arrays(spec, arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [
+        ("preact_resnet18", {}, 11_172_170),
+        ("preact_resnet18", {"shortcut": "preact"}, 11_172_170),
+        ("preact_resnet18", {"final_norm": False}, 11_172_170 - 1024),
+        ("wide_resnet", {"depth": 28, "width": 10}, 36_479_194),
+        ("wide_resnet", {"depth": 34, "width": 10}, 46_160_474),
+        ("wide_resnet", {"depth": 16, "width": 4}, 2_748_890),
+    ],
+)
+def test_published_parameter_counts(name, options, parameters):
+    made = jax.eval_shape(lambda k: models.create(name, k, shape=(32, 32, 3), classes=10, **options), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(made.params)) == parameters
+
+
+def test_a_norm_free_block_starts_as_its_shortcut(key):
+    settings = {"shortcut": "raw", "activation": "relu", "dropout": 0.0, "tag": 0, "init": "torch", "rngs": nnx.Rngs(0)}
+    block = Block(3, 3, 1, norm="none", **settings)
+    x = jax.random.normal(key, (2, 4, 4, 3))
+    np.testing.assert_array_equal(block(x), x)
+    block.gain[...] = jnp.ones(1)
+    assert np.abs(block(x) - x).max() > 0.01
+    assert SHORTCUTS == ("raw", "preact") and issubclass(PreActResNet18, ResNet) and issubclass(WideResNet, ResNet)
+
+
+def test_dropout_acts_only_with_a_key(key):
+    net = tiny("wide_resnet", depth=10, width=1, dropout=0.3)
+    x = jax.random.uniform(key, (4, 8, 8, 1))
+    run = jax.jit(lambda x, key: net.apply(net.params, net.state, x, bn="local", key=key)[0])
+    plain, noisy, same = run(x, None), run(x, key), run(x, key)
+    assert np.abs(noisy - plain).max() > 1e-4
+    np.testing.assert_array_equal(noisy, same)
+
+
+def test_stem_stride_halves_the_grid(key):
+    net = tiny("preact_resnet18", (16, 16, 1), width=2, stem_stride=2)
+    jaxpr = str(jax.make_jaxpr(models.model(net))(jnp.zeros((1, 16, 16, 1))))
+    assert "f32[1,8,8,2]" in jaxpr and "f32[1,16,16,2]" not in jaxpr
+
+
+def test_impossible_depths_and_variants_are_refused(key):
+    with pytest.raises(ValueError, match=r"depth must be 6 n \+ 4.*got 18"):
+        models.create("wide_resnet", key, shape=(8, 8, 1), classes=3, depth=18)
+    with pytest.raises(ValueError, match="unknown shortcut 'pre'. Did you mean 'preact'"):
+        models.create("preact_resnet18", key, shape=(8, 8, 1), classes=3, width=2, shortcut="pre")
+    with pytest.raises(ValueError, match="width must be a whole number"):
+        models.create("preact_resnet18", key, shape=(8, 8, 1), classes=3, width=0)
+
+
+def test_sharded_training_pass_is_the_global_one(key):
+    """A whole network over an axis: logits, state and statistics of masked rows."""
+    net = tiny("wide_resnet", depth=10, width=1)
+    x = jax.random.uniform(key, (8, 8, 8, 1))
+    mask = jnp.arange(8) != 5
+
+    def shard(x, mask):
+        return net.apply(net.params, net.state, x, bn="train", axis_name="data", mask=mask)
+
+    want, after = jax.jit(lambda x, mask: net.apply(net.params, net.state, x, bn="train", mask=mask))(x, mask)
+    cut = x.reshape(4, 2, 8, 8, 1), mask.reshape(4, 2)
+    got, state = jax.jit(jax.vmap(shard, axis_name="data", out_axes=(0, None)))(*cut)
+    np.testing.assert_allclose(got.reshape(8, 3), want, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), state, after)
