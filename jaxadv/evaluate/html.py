@@ -41,7 +41,7 @@ p { margin: 8px 0; max-width: 76ch; } .muted, figcaption { color: var(--muted); 
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; font-size: .82rem; color: var(--muted); }
 th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: baseline; white-space: nowrap; }
-tr:last-child td { border-bottom: 0; } td.num, th.num { text-align: right; }
+tr:last-child td { border-bottom: 0; } td.num, th.num { text-align: right; padding-right: 22px; }
 .big { font-size: 1.35rem; font-weight: 650; } .low { color: var(--muted); font-size: .86rem; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 14px; }
 .two > * { margin: 0; min-width: 0; } figure { margin: 0; } figcaption { font-size: .88rem; margin-top: 6px; }
@@ -197,7 +197,8 @@ def _sizes(model: ModelReport, color: int) -> str:
     norm = threat_words(model.threat).split(",")[0]
     title = f"Sizes of {len(sizes)} verified perturbations of {model.name}, from {min(sizes):.4g} to {max(sizes):.4g}"
     figure = histogram(title, sizes, float(top), f"size ({norm}), budget {top:.4g}", color)
-    return f"<figure>{figure}<figcaption>Sizes of the {len(sizes)} verified perturbations.</figcaption></figure>"
+    return f"<figure>{figure}<figcaption>Sizes of the {len(sizes)} verified perturbations; attacks of a fixed "
+        "budget move to its edge.</figcaption></figure>"
 
 
 def png(image: np.ndarray) -> str:
