@@ -197,8 +197,8 @@ def _sizes(model: ModelReport, color: int) -> str:
     norm = threat_words(model.threat).split(",")[0]
     title = f"Sizes of {len(sizes)} verified perturbations of {model.name}, from {min(sizes):.4g} to {max(sizes):.4g}"
     figure = histogram(title, sizes, float(top), f"size ({norm}), budget {top:.4g}", color)
-    return f"<figure>{figure}<figcaption>Sizes of the {len(sizes)} verified perturbations; attacks of a fixed "
-        "budget move to its edge.</figcaption></figure>"
+    words = f"Sizes of the {len(sizes)} verified perturbations; attacks of a fixed budget move to its edge."
+    return f"<figure>{figure}<figcaption>{words}</figcaption></figure>"
 
 
 def png(image: np.ndarray) -> str:
