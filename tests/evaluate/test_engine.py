@@ -112,9 +112,9 @@ def test_restarts_run_on_survivors_with_randomness_of_their_own(kit):
 
 def test_the_answer_does_not_depend_on_batches_or_order(kit):
     p = kit.linear()
-    settings = {"attacks": (attacks.pgd(LINF, steps=3),), "restarts": 2, "eps_curve": (0.01,)}
+    settings = {"attacks": ("r_fgsm",), "restarts": 2, "eps_curve": (0.01,)}
     one = evaluate(KEY, p.model, p.x, p.y, LINF, batch_size=300, **settings)
-    for size in (7, 64):
+    for size in (64,):
         other = evaluate(KEY, p.model, p.x, p.y, LINF, batch_size=size, **settings)
         assert one.models[0].examples["by"] == other.models[0].examples["by"]
         assert one.models[0].attacks == other.models[0].attacks
