@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
-from jaxadv.core import Attack, Result, Threat, check, is_labels, pytree, robust, select, static
+from jaxadv.core import Attack, Result, Threat, check, edges, is_labels, pytree, robust, select, static
 
 STARTS = ("zero", "random", "sign", "unclipped")
 
@@ -64,7 +64,7 @@ class GradientAttack(Attack):
         x = jnp.asarray(x)
         nothing = jnp.zeros_like(x[:, ...].reshape(x.shape[0], -1)[:, 0])
         none = nothing > 1
-        low, high = (jnp.asarray(b, x.dtype) for b in self.threat.bounds)
+        low, high = edges(self.threat.bounds, x)
         infeasible = jnp.any((x < low) | (x > high), axis=tuple(range(1, x.ndim)))
         state = State(
             point=self._start(keys, x),
@@ -169,7 +169,7 @@ class GradientAttack(Attack):
         """For norms whose steepest step moves few features: leave out those that stand at a bound and push outward."""
         if not getattr(self.threat, "sparse", False):
             return rise
-        low, high = (jnp.asarray(b, point.dtype) for b in self.threat.bounds)
+        low, high = edges(self.threat.bounds, point)
         return jnp.where(((point <= low) & (rise < 0)) | ((point >= high) & (rise > 0)), 0, rise)
 
 

@@ -2,6 +2,7 @@
 
 from jaxadv.core import check as check
 from jaxadv.core.convolution import FORMS as FORMS
+from jaxadv.core.feasible import edges as edges
 from jaxadv.core.feasible import feasible as feasible
 from jaxadv.core.feasible import is_labels as is_labels
 from jaxadv.core.feasible import label_of as label_of

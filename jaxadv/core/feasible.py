@@ -36,11 +36,27 @@ def _known(*values: Any) -> bool:
     return all(isinstance(v, (int, float, np.ndarray, np.generic)) for v in values)
 
 
+def edges(bounds: tuple[Any, Any], x: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Shape the bounds so that they broadcast over a batch without promotion of ranks.
+
+    Args:
+      bounds: lowest and highest value, numbers or arrays over the features of one example.
+      x: `[b, ...]` examples, for dtype and number of axes.
+      xp: `numpy` or `jax.numpy`.
+
+    Returns:
+      The two bounds, numbers or `[1, ...]`, in the dtype of `x`.
+    """
+    low, high = (xp.asarray(b, x.dtype) for b in bounds)
+    low, high = (b.reshape((1,) * (x.ndim - b.ndim) + b.shape) if b.ndim else b for b in (low, high))
+    return low, high
+
+
 def feasible(threat: Threat, point, x) -> Any:
     """Decide whether points are allowed: `size <= eps + tolerance`, and inside the bounds exactly.
 
     Given concrete numpy arrays the size is computed in float64, which is how evaluation and reports decide. Under a
-    transformation it is computed in the dtype of the arrays.
+    transformation it is computed in the dtype of the arrays, but at least float32.
 
     Args:
       threat: the allowed set.
@@ -50,12 +66,15 @@ def feasible(threat: Threat, point, x) -> Any:
     Returns:
       bool `[b]`. A point that is not finite is not allowed.
     """
+    if members := getattr(threat, "members", ()):  # each with its own rounding
+        verdicts = [feasible(member, point, x) for member in members]
+        return (np if isinstance(verdicts[0], np.ndarray) else jnp).stack(verdicts).any(axis=0)
     if isinstance(point, np.ndarray) and isinstance(x, np.ndarray):
         xp, dtype = np, np.float64
     else:
-        xp, dtype = jnp, jnp.float32
+        xp, dtype = jnp, jnp.promote_types(point.dtype, jnp.float32)
     axes = tuple(range(1, point.ndim))
-    low, high = (xp.asarray(b, point.dtype) for b in threat.bounds)
+    low, high = edges(threat.bounds, point, xp)
     boxed = xp.all((point >= low) & (point <= high), axis=axes)
     size = threat.size(point.astype(dtype), x.astype(dtype))
     return boxed & (size <= threat.budget(point, xp)) & xp.isfinite(size)

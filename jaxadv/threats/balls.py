@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxadv.core import check, pytree, static, tolerance
+from jaxadv.core import check, edges, pytree, static, tolerance
 from jaxadv.core.types import Threat
 
 _BISECTIONS = 40
@@ -49,10 +49,10 @@ def _l2(a):
 
 
 def _largest(value, count):
-    """Mark the `count` largest entries of each row; the first ones win ties. `count` may be traced."""
+    """Mark the `count` largest entries of each row; the first ones win ties. `count` may be traced and is rounded down."""
     flat = value.reshape(value.shape[0], -1)
     rank = jnp.argsort(jnp.argsort(-flat, axis=-1, stable=True), axis=-1, stable=True)
-    return (rank < count.reshape(-1, 1)).reshape(value.shape)
+    return (rank < jnp.floor(count).reshape(-1, 1)).reshape(value.shape)
 
 
 def _uniform(keys, x, low: float = 0.0):
@@ -128,7 +128,7 @@ class Ball(Threat):
         Returns:
           `[b, ...]`.
         """
-        low, high = (jnp.asarray(b, x.dtype) for b in self.bounds)
+        low, high = edges(self.bounds, x)
         eps = _rows(self.eps, x)
         if self.p == math.inf:
             return jnp.clip(point, jnp.maximum(x - eps, low), jnp.minimum(x + eps, high))
@@ -179,7 +179,7 @@ class Ball(Threat):
         Returns:
           `[b, ...]`.
         """
-        low, high = (jnp.asarray(b, x.dtype) for b in self.bounds)
+        low, high = edges(self.bounds, x)
         eps = _rows(self.eps, x)
         if self.p == math.inf:
             return self.project(x + eps * _uniform(keys, x, -1.0), x)
@@ -264,7 +264,7 @@ class Union(Threat):
     def size(self, point, x):
         """Return `min over members of size / eps`, `[b]`."""
         xp = np if isinstance(point, np.ndarray) and isinstance(x, np.ndarray) else jnp
-        return xp.min(xp.stack([m.size(point, x) / xp.asarray(m.eps) for m in self.members]), axis=0)
+        return xp.min(xp.stack([_share(m.size(point, x), xp.asarray(m.eps), xp) for m in self.members]), axis=0)
 
     def contains(self, point, x):
         """Return `[b]`, whether at least one member allows the point."""
@@ -300,6 +300,12 @@ class Union(Threat):
         return _pick(moves, jnp.argmax(gain, axis=0))
 
 
+def _share(size, eps, xp):
+    """Divide a size by a budget; nothing of nothing is 0, something of nothing infinite."""
+    none = xp.where(size > 0, xp.inf, 0)
+    return xp.where(eps > 0, size / xp.where(eps > 0, eps, 1), none)
+
+
 def _pick(stacked, which):
     return jax.vmap(lambda column, i: column[i], in_axes=(1, 0))(stacked, which)
 
@@ -311,7 +317,7 @@ def _ball(name: str, eps: Any, bounds: tuple[Any, Any], p: float, **settings: An
         raise ValueError(f"bounds must be a pair (lowest, highest); got {bounds!r}. Images in [0, 1]? Pass (0.0, 1.0).")
     low, high = (check.concrete(b) for b in bounds)
     if low is not None and high is not None and not np.all(low < high):
-        raise ValueError(f"bounds must be (lowest, highest) with lowest < highest; got {bounds}.")
+        raise ValueError(f"bounds must be (lowest, highest) with lowest < highest; got {bounds}. Swap them?")
     return Ball(eps=eps, bounds=bounds, p=p, **settings)
 
 
@@ -372,7 +378,7 @@ def l1(eps: Any, bounds: tuple[Any, Any] = (0.0, 1.0), *, spread: float = 0.0) -
       (the spread step); Croce and Hein 2021, Mind the box, prop. 2.1, arXiv:2103.01208 (the projection).
     """
     if not 0 <= spread <= 1:
-        raise ValueError(f"spread must be a share in [0, 1]; got {spread}.")
+        raise ValueError(f"spread must be a share in [0, 1]; got {spread}. Pass 0.05 for 5 % of the features.")
     return _ball("l1", eps, bounds, 1.0, spread=spread)
 
 
@@ -391,7 +397,9 @@ def l0(eps: Any, bounds: tuple[Any, Any] = (0.0, 1.0)) -> Ball:
     """
     known = check.concrete(eps)
     if known is not None and known.size and np.any(known < 1):
-        raise ValueError(f"eps of l0 counts features and must be at least 1; got {eps}.")
+        raise ValueError(
+            f"eps of l0 counts features and must be at least 1; got {eps}. Pass how many features may change."
+        )
     return _ball("l0", eps, bounds, 0.0)
 
 
@@ -418,7 +426,10 @@ def union(*members: Threat) -> Union:
     known = [tuple(check.concrete(b) for b in m.bounds) for m in members]
     same = all(a is None or b is None or np.array_equal(a, b) for pair in known[1:] for a, b in zip(pair, known[0]))
     if not same:
-        raise ValueError(f"the members of a union must have the same bounds; got {[m.bounds for m in members]}.")
+        raise ValueError(
+            f"the members of a union must have the same bounds; got {[m.bounds for m in members]}. "
+            "Pass the same pair to each."
+        )
     return Union(members=members)
 
 
