@@ -28,7 +28,7 @@ def _label_loss(loss: Callable) -> Callable:
         check.logits(logits)
         if isinstance(y, Targets):
             return -labeled(logits, y.target)
-        check.labels(y, logits.shape[0])
+        check.labels(y, *logits.shape)
         return loss(logits, y)
 
     return labeled
@@ -60,7 +60,7 @@ def cross_entropy(logits: Float[Array, "b k"], y: Any) -> Float[Array, " b"]:
     check.logits(logits)
     if getattr(y, "ndim", 1) == 2:
         return -jnp.sum(y * jax.nn.log_softmax(logits), axis=-1)
-    check.labels(y, logits.shape[0])
+    check.labels(y, *logits.shape)
     return jax.nn.logsumexp(logits, axis=-1) - _at(logits, y)
 
 
@@ -152,8 +152,8 @@ def dlr_targeted(logits: Float[Array, "b k"], y: Targets) -> Float[Array, " b"]:
         raise ValueError(
             f"dlr_targeted needs at least 4 classes; got logits of shape {logits.shape}. Use losses.margin."
         )
-    check.labels(y.label, logits.shape[0], name="label")
-    check.labels(y.target, logits.shape[0], name="target")
+    check.labels(y.label, *logits.shape, name="label")
+    check.labels(y.target, *logits.shape, name="target")
     top = lax.top_k(logits, 4)[0]
     return (_at(logits, y.label) - _at(logits, y.target)) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
@@ -168,8 +168,8 @@ def kl(p_logits: Float[Array, "b k"], q_logits: Float[Array, "b k"]) -> Float[Ar
     Returns:
       `[b]`, at least 0. Gradients flow through both.
     """
-    check.logits(p_logits)
-    check.logits(q_logits, p_logits.shape[0])
+    check.logits(p_logits, name="p_logits")
+    check.logits(q_logits, p_logits.shape[0], name="q_logits")
     log_p, log_q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 

@@ -54,7 +54,9 @@ def labels(y: Any, batch: int | None = None, classes: int | None = None, name: s
             f"Float labels? Pass {name}.astype('int32') if they count classes."
         )
     if batch is not None and y.shape[0] != batch:
-        raise ValueError(f"{name} must have one label for each of the {batch} examples; got {_got(y)}.")
+        raise ValueError(
+            f"{name} must have one label for each of the {batch} examples; got {_got(y)}. Slice both alike."
+        )
     known = concrete(y)
     if known is not None and known.size and classes is not None:
         low, high = int(known.min()), int(known.max())
@@ -159,7 +161,7 @@ def whole(name: str, value: Any, least: int = 1) -> None:
       ValueError: otherwise.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}. Pass int({name})?")
 
 
 def choice(what: str, name: Any, table: Mapping[str, Any] | Iterable[str]) -> Any:

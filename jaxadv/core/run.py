@@ -71,7 +71,10 @@ def run(attack: Attack, key, model, x, y, *, index=None, restart=0) -> Result:
     x = jnp.asarray(x)
     index = jnp.arange(x.shape[0], dtype=jnp.int32) if index is None else jnp.asarray(index, jnp.int32)
     if index.shape != (x.shape[0],):
-        raise ValueError(f"index must hold one dataset index for each of the {x.shape[0]} examples; got {index.shape}.")
+        raise ValueError(
+            f"index must hold one dataset index for each of the {x.shape[0]} examples; got {index.shape}. "
+            "Slice it like x."
+        )
     keys = example_keys(key, attack.name, index, restart)
     state = canonical(attack.init)(keys, model, x, y)
     if attack.early:
@@ -104,6 +107,7 @@ def serve(attack: Attack, key, model, x, y, *, slots: int, index=None, restart=0
       ValueError: if `slots` is not at least 1.
     """
     check.whole("slots", slots)
+    check.inputs(x, attack.threat.bounds if hasattr(attack, "threat") else None)
     n = x.shape[0]
     index = np.arange(n, dtype=np.int32) if index is None else np.asarray(index, np.int32)
     keys = example_keys(key, attack.name, jnp.asarray(index), restart)
