@@ -49,7 +49,7 @@ def _l2(a):
 
 
 def _largest(value, count):
-    """Mark the `count` largest entries of each row; the first ones win ties. `count` may be traced and is rounded down."""
+    """Mark the `count` largest entries of each row; the first win ties. `count` may be traced and is rounded down."""
     flat = value.reshape(value.shape[0], -1)
     rank = jnp.argsort(jnp.argsort(-flat, axis=-1, stable=True), axis=-1, stable=True)
     return (rank < jnp.floor(count).reshape(-1, 1)).reshape(value.shape)
