@@ -400,7 +400,7 @@ def _sweep(
 ) -> tuple[Ledger, list[_Seen], list[dict], list[dict]]:
     """Evaluate budgets from small to large; return ledger and evidence at the threat's own, the curve, the seconds."""
     main = float(np.max(np.asarray(threat.eps)))
-    curve, seconds, kept, lowest = [], [], (ledger, []), 1.0
+    curve, seconds, kept, evidence, lowest = [], [], ledger, [], 1.0
     n, sampled = len(problem.x), type(threat).sample is not Threat.sample
     for eps in budgets:
         start = time.perf_counter()
@@ -415,8 +415,8 @@ def _sweep(
         curve.append(point | {"broken": len(ledger.broken()), "carried": carried})
         seconds.append({"eps": eps, "seconds": time.perf_counter() - start})
         if eps == main:
-            kept = (ledger.copy(), seen)
-    return *kept, curve, seconds
+            kept, evidence = ledger.copy(), seen
+    return kept, evidence, curve, seconds
 
 
 def _statements(threat: Threat, curve: Sequence, rule: str | None, noise: bool) -> list[str]:

@@ -68,17 +68,17 @@ def refit(attack: Any, old: float, new: float) -> Any:
     Returns:
       The attack; its structure is unchanged, so compiled programs are reused.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     for field in dataclasses.fields(attack):
-        value = getattr(attack, field.name)
-        if isinstance(value, Threat):
+        value: Any = getattr(attack, field.name)
+        if field.name == "step_size":
+            changes[field.name] = value * (new / old)
+        elif isinstance(value, Threat):
             changes[field.name] = with_eps(value, new if float(value.eps) == old else float(value.eps) * (new / old))
         elif isinstance(value, Attack):
             changes[field.name] = refit(value, old, new)
         elif isinstance(value, tuple) and value and all(isinstance(v, Attack) for v in value):
             changes[field.name] = tuple(refit(v, old, new) for v in value)
-        elif field.name == "step_size":
-            changes[field.name] = value * (new / old)
     return dataclasses.replace(attack, **changes)
 
 

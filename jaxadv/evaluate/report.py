@@ -165,7 +165,7 @@ class Report:
             arrays = {f"adversarial_{i}": m.x_adv for i, m in enumerate(self.models) if m.x_adv is not None}
             columns = self.models[0].examples
             arrays |= {"x": self.x, "y": np.asarray(columns["label"]), "index": np.asarray(columns["index"])}
-            _write(folder / _FILES[3], lambda file: np.savez(file, **arrays))
+            _write(folder / _FILES[3], lambda file: np.savez(file, allow_pickle=False, **arrays))
         else:
             (folder / _FILES[3]).unlink(missing_ok=True)
         return folder
