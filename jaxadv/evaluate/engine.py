@@ -61,7 +61,9 @@ class Problem(NamedTuple):
 
     def goal(self, rows: np.ndarray) -> Any:
         """Return what the attacks on these rows are given in the place of `y`."""
-        return self.y[rows] if self.target is None else Targets(self.y[rows], self.target[rows])
+        if self.target is None:
+            return self.y[rows]
+        return Targets(self.y[rows], self.target[rows])  # pyright: ignore[reportArgumentType]
 
     def judge(self, rows: np.ndarray, points: np.ndarray, threat: Threat) -> Verdict:
         """Return the verdict on points for these rows, under a threat cut for them."""
