@@ -73,8 +73,7 @@ def piecewise(
     for where, factor in drops:
         _fraction("the place of a drop", where)
         check.positive("the factor of a drop", factor)
-    # optax applies a factor after its boundary, so the boundary lies one update earlier
-    return optax.piecewise_constant_schedule(lr, {round(where * steps) - 1: factor for where, factor in drops})
+    return optax.piecewise_constant_schedule(lr, {round(where * steps): factor for where, factor in drops})
 
 
 def cosine(lr_max: float, steps: int, *, warmup: float = 0.0) -> optax.Schedule:

@@ -106,12 +106,17 @@ def in_precision(apply: Callable, precision: str = "float32", bn_groups: int = 1
 
 
 def _bind(apply: Callable, mask, axis_name) -> Callable:
-    """Tell batch norm about padding and shards, where it looks at the batch at all."""
+    """Tell batch norm about padding and shards, where it looks at the batch at all.
+
+    Padding rows are normalized with the statistics of the others, so their logits are cut off from the gradient: else an
+    attack that sums its loss over all rows would move real rows on behalf of padding.
+    """
 
     def bound(params, state, x, *, bn="eval", key=None):
         if bn == "eval":
             return apply(params, state, x, bn=bn, key=key)
-        return apply(params, state, x, bn=bn, key=key, mask=mask, axis_name=axis_name)
+        logits, new = apply(params, state, x, bn=bn, key=key, mask=mask, axis_name=axis_name)
+        return jnp.where(mask[:, None], logits, lax.stop_gradient(logits)), new
 
     return bound
 
@@ -252,7 +257,7 @@ def copy(state: PyTree) -> PyTree:
     Returns:
       The same values in buffers of their own.
     """
-    return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
+    return parallel.replicate(state)
 
 
 def make_step(
@@ -304,7 +309,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = None if ema is None else averaged(state.ema, params, state.step, ema, ema_warmup)
-        metrics = {name: value / rows for name, value in sums.items()} | {"gradient_norm": optax.global_norm(grads)}
+        metrics = {name: value / rows for name, value in sums.items()} | {"gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, state.key, params, got.state, opt_state, average), metrics
 
     return step

@@ -1,0 +1,140 @@
+"""Objectives against closed forms on a linear model, and against a few lines of plain jax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxadv import attacks, losses, threats, train
+from jaxadv.core import example_keys
+
+WIDE = (-10.0, 10.0)
+
+
+def closed_form(params, batch, eps, dual):
+    """softplus(-s (w . x + b) + eps ||w||_dual), s = +1 for class 1."""
+    sign = 2.0 * batch["y"] - 1
+    score = batch["x"] @ params["w"] + params["b"]
+    size = jnp.sum(jnp.abs(params["w"])) if dual == 1 else jnp.sqrt(jnp.sum(params["w"] ** 2))
+    return jax.nn.softplus(-sign * score + eps * size)
+
+
+@pytest.mark.parametrize(("ball", "dual"), [(threats.linf, 1), (threats.l2, 2)])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_adversarial_training_of_a_linear_model_is_the_closed_form(kit, key, ball, dual, steps):
+    net, batch, eps = kit.linear(), kit.rows(), 0.3
+    attack = attacks.pgd(ball(eps, WIDE), steps=steps, step_size=eps, start="zero", keep="last")
+    objective = train.pgd_at(attack)
+    got, (_, metrics) = objective(net.apply, net.params, net.state, batch, key)
+    np.testing.assert_allclose(got, closed_form(net.params, batch, eps, dual), atol=2e-6)
+    worst = np.asarray(closed_form(net.params, batch, eps, dual))
+    np.testing.assert_array_equal(np.asarray(metrics["robust"]) > 0, worst < np.log(2))
+
+    slope = train.grad_fn(objective)(net.apply, net.params, net.state, batch, key)
+    want = jax.grad(lambda p: closed_form(p, batch, eps, dual).sum())(net.params)
+    for name in want:
+        np.testing.assert_allclose(slope.total[name], want[name], atol=5e-6)
+    assert float(slope.count) == 8
+
+
+def test_a_vanishing_budget_is_standard_training_to_the_bit(kit, key):
+    net, batch = (
+        kit.mlp(),
+        dict(kit.rows(), x=jnp.asarray(np.random.default_rng(0).uniform(0, 1, (8, 4, 4, 1)), jnp.float32)),
+    )
+    plain = train.grad_fn(train.standard())(net.apply, net.params, net.state, batch, key)
+    threat = threats.linf(1e-30)
+    for objective in [train.pgd_at(attacks.pgd(threat, steps=2, keep="last")), train.fgsm_rs(threat)]:
+        other = train.grad_fn(objective)(net.apply, net.params, net.state, batch, key)
+        assert kit.same_bits(plain.total, other.total)
+        assert float(plain.sums["loss"]) == float(other.sums["loss"])
+
+
+def test_fgsm_rs_is_its_two_lines(kit, key):
+    net = kit.mlp(widths=(8,))
+    x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (6, 4, 4, 1)), jnp.float32)
+    batch = {
+        "x": x,
+        "y": jnp.arange(6, dtype=jnp.int32) % 3,
+        "index": jnp.arange(6, dtype=jnp.int32) + 50,
+        "mask": jnp.ones(6, bool),
+    }
+    eps, alpha = 0.2, 0.3
+
+    keys = example_keys(key, "fgsm_rs", batch["index"])
+    noise = jax.vmap(lambda k: jax.random.uniform(k, (4, 4, 1), jnp.float32, -1.0, 1.0))(keys)
+    start = jnp.clip(jnp.clip(x + eps * noise, x - eps, x + eps), 0, 1)
+    slope = jax.grad(lambda z: losses.cross_entropy(net.apply(net.params, net.state, z)[0], batch["y"]).sum())(start)
+    point = jnp.clip(jnp.clip(start + alpha * jnp.sign(slope), x - eps, x + eps), 0, 1)
+    want = losses.cross_entropy(net.apply(net.params, net.state, point)[0], batch["y"])
+
+    got, _ = train.fgsm_rs(threats.linf(eps), alpha=alpha)(net.apply, net.params, net.state, batch, key)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    default, _ = train.fgsm_rs(threats.linf(eps))(net.apply, net.params, net.state, batch, key)
+    quarter, _ = train.fgsm_rs(threats.linf(eps), alpha=1.25 * eps)(net.apply, net.params, net.state, batch, key)
+    np.testing.assert_array_equal(default, quarter)
+
+
+def test_the_attack_leaves_running_statistics_alone_and_sees_the_mode_it_is_told(kit, key):
+    net = kit.mlp("batch")
+    x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (8, 4, 4, 1)), jnp.float32)
+    batch = dict(kit.rows(), x=x)
+    seen = []
+
+    def spy(params, state, x, *, bn="eval", **settings):
+        seen.append(bn)
+        return net.apply(params, state, x, bn=bn, **settings)
+
+    for bn_attack in train.objectives.ATTACK_BN:
+        seen.clear()
+        objective = train.pgd_at(attacks.pgd(threats.linf(0.1), steps=1, keep="last"), bn_attack=bn_attack)
+        _, (state, _) = objective(spy, net.params, net.state, batch, key)
+        assert set(seen) == {bn_attack, "train"} and seen[-1] == "train"
+        assert not kit.same_bits(state, net.state)
+    model = train.frozen(net.apply, net.params, net.state)
+    assert kit.same_bits(model(x), net.apply(net.params, net.state, x, bn="eval")[0])
+    gradient = jax.grad(lambda p: train.frozen(net.apply, p, net.state)(x).sum())(net.params)
+    assert all(not np.any(g) for g in kit.leaves(gradient))
+
+
+def test_label_smoothing_is_cross_entropy_against_soft_labels():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
+    y = jnp.asarray([0, 1, 2, 3, 0], jnp.int32)
+    soft = 0.7 * jax.nn.one_hot(y, 4) + 0.3 / 4
+    np.testing.assert_allclose(
+        train.smoothed_cross_entropy(logits, y, 0.3), -(soft * jax.nn.log_softmax(logits)).sum(-1), rtol=1e-5
+    )
+    np.testing.assert_array_equal(train.smoothed_cross_entropy(logits, y, 0.0), losses.cross_entropy(logits, y))
+
+
+def test_randomness_of_an_example_does_not_depend_on_its_place(kit, key):
+    net = kit.mlp()
+    x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (8, 4, 4, 1)), jnp.float32)
+    batch = dict(kit.rows(), x=x)
+    turned = {name: a[::-1] for name, a in batch.items()}
+    objective = train.fgsm_rs(threats.linf(0.2))
+    one, _ = objective(net.apply, net.params, net.state, batch, key)
+    two, _ = objective(net.apply, net.params, net.state, turned, key)
+    np.testing.assert_allclose(one, two[::-1], rtol=1e-5)
+    other, _ = objective(net.apply, net.params, net.state, dict(batch, index=batch["index"] + 1), key)
+    assert not np.allclose(one, other)
+
+
+def test_every_objective_is_there_by_name():
+    assert sorted(train.OBJECTIVES) == ["fgsm_rs", "pgd_at", "standard"]
+    assert all(train.OBJECTIVES[name] is getattr(train, name) for name in train.OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: train.standard(label_smoothing=1.0), "label_smoothing must lie in"),
+        (lambda: train.standard(bn="global"), "unknown bn 'global'"),
+        (lambda: train.fgsm_rs(threats.linf(0.1), alpha=0.0), "alpha must be finite and greater than 0"),
+        (lambda: train.pgd_at(attacks.pgd(threats.linf(0.1)), bn_attack="train"), "'local' gives the same attack"),
+        (lambda: train.pgd_at(attacks.pgd(threats.linf(0.1)), bn_attack="locl"), "Did you mean 'local'"),
+    ],
+)
+def test_impossible_settings_are_refused(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()
