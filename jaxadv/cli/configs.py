@@ -1,0 +1,283 @@
+"""One frozen dataclass for each command: its arguments, their defaults, and where the defaults come from.
+
+What lives here: names, types, defaults and help texts; tyro makes the command line of them, PyYAML the file that
+`--config` reads and `--print-config` writes (`parsing.py`). What does not: any work (`commands.py`, `training.py`).
+Importing this file loads no jax.
+
+Numbers that people write as fractions (`--eps 8/255`) stay text here, so that a written configuration says what was
+typed.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Topic = Literal["all", "attacks", "threats", "recipes", "models", "data", "protocols"]
+"""What `jaxadv list` can list."""
+
+PUBLISHED_EPS: dict[tuple[str, str], str] = {
+    ("digits", "linf"): "0.15",  # ours: the small images have no published budget
+    ("mnist", "linf"): "0.3",  # Madry et al. 2018
+    ("mnist", "l2"): "2.0",  # Rony et al. 2019 and others
+    ("cifar10_jpeg", "linf"): "8/255",  # RobustBench
+    ("cifar10_jpeg", "l2"): "0.5",  # RobustBench
+}
+"""Budget by data set and norm where none is given; elsewhere `--eps` is required."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command takes."""
+
+    config: Path | None = None
+    """Read arguments from this YAML file (as --print-config writes it); the command line overrides it."""
+
+    print_config: bool = False
+    """Print the resolved arguments as YAML and exit."""
+
+    traceback: bool = False
+    """Show the full Python traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Common):
+    """What every command that computes takes."""
+
+    data_root: Path | None = None
+    """Folder of real data (holds mnist/, cifar10_jpeg/, ...); overrides the environment variable JAXADV_DATA."""
+
+    devices: int | None = None
+    """Use this many devices; on a machine without accelerators the CPU is split into so many."""
+
+    cache: Path | None = None
+    """Folder in which compiled programs are kept for the next run; default the environment variable JAXADV_CACHE, else
+    none."""
+
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Machine):
+    """Train a standard and a robust network on the built-in digits, attack both, write a report."""
+
+    out: Path = Path("demo")
+    """Folder for report.json, report.html, report.md and the two networks (standard/, robust/)."""
+
+    eps: str = PUBLISHED_EPS["digits", "linf"]
+    """Linf budget of training and evaluation, in units of the pixels (0 to 1)."""
+
+    epochs: int | None = None
+    """Passes over the training data; default that of the recipes standard_digits and pgd_digits."""
+
+    n: int | None = None
+    """Evaluate on so many test images; default all 360."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Machine):
+    """Train a network by a published recipe; interruptible and resumable.
+
+    The default is FGSM with random start on MNIST, Wong, Rice and Kolter 2020 (Fast is better than free, "
+    "arXiv:2001.03994).
+    """
+
+    recipe: str = "fast_mnist"
+    """Name of a recipe (`jaxadv list recipes`)."""
+
+    data: str | None = None
+    """A data set (`jaxadv list data`) or an .npz file with x and y; default the one that the recipe is named after."""
+
+    out: Path
+    """The run folder: config.json, metrics.jsonl, train.log, checkpoints/, model.safetensors."""
+
+    eps: str | None = None
+    """Budget of the adversary, a number or a fraction (8/255); default that of the recipe."""
+
+    epochs: int | None = None
+    """Passes over the training data; default that of the recipe."""
+
+    batch_size: int | None = None
+    """Examples in a step, over all devices; default that of the recipe."""
+
+    keep: Literal["best", "last"] | None = None
+    """Which weights become model.safetensors: the best by robust accuracy on validation data, or the last; default the
+    recipe's."""
+
+    validate_every: int | None = None
+    """Steps between two validations; default that of the recipe, else ten in a run."""
+
+    save_every: int | None = None
+    """Steps between two checkpoints; default ten in a run."""
+
+    how: Literal["jit", "shard_map", "pmap", "vmap", "explicit"] = "jit"
+    """How a step runs on several devices; the numbers are the same."""
+
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Precision inside the network, weights stay float32; default that of the recipe."""
+
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint, with its stored arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Machine):
+    """Measure clean and robust accuracy of a model, with intervals, red flags and a report.
+
+    The default protocol is `standard`; the default budget is that of the run, else the published one of the "
+    "data set and norm.
+    """
+
+    model: tyro.conf.Positional[str]
+    """MODEL: a run folder, a .safetensors file, or package.module:callable that returns a model."""
+
+    data: str | None = None
+    """A data set or an .npz file with x and y; default the one that a run folder was trained on."""
+
+    split: Literal["test", "validation", "train", "train+validation"] = "test"
+    """Part of the data."""
+
+    n: int | None = 1000
+    """Number of examples (a fixed, class-balanced choice); all where there are fewer."""
+
+    norm: str = "linf"
+    """Threat (`jaxadv list threats`)."""
+
+    eps: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Budget, a number or a fraction (8/255). The headline belongs to the first; several form the security curve."""
+
+    attacks: str | None = None
+    """Attacks by name, joined by commas (pgd,fgsm), in the place of the protocol."""
+
+    protocol: str | None = None
+    """A fixed suite of attacks (`jaxadv list protocols`); default standard."""
+
+    restarts: int | None = None
+    """Runs of each attack with new random starts; default that of the protocol, 1 with --attacks."""
+
+    targeted: str | None = None
+    """Targeted evaluation: next, random, least_likely, or the number of a class (whose examples are left out)."""
+
+    name: str | None = None
+    """The model's name in the report; default that of its file or folder."""
+
+    batch_size: int = 500
+    """Examples attacked at once."""
+
+    out: Path = Path("evaluation")
+    """Folder for report.json, report.html, report.md, adversarial.npz."""
+
+    save_adv: Path | None = None
+    """Also write x, x_adv, y, index, success, size to this .npz file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Machine):
+    """Run one attack, print what it did, and save the adversarial examples.
+
+    The default is PGD with 40 steps from a random start, Madry et al. 2018 (arXiv:1706.06083).
+    """
+
+    model: tyro.conf.Positional[str]
+    """MODEL: a run folder, a .safetensors file, or package.module:callable that returns a model."""
+
+    data: str | None = None
+    """A data set or an .npz file with x and y; default the one that a run folder was trained on."""
+
+    split: Literal["test", "validation", "train", "train+validation"] = "test"
+    """Part of the data."""
+
+    n: int | None = 1000
+    """Number of examples (a fixed, class-balanced choice); all where there are fewer."""
+
+    attack: str = "pgd"
+    """Name of an attack (`jaxadv list attacks`)."""
+
+    norm: str = "linf"
+    """Threat (`jaxadv list threats`)."""
+
+    eps: str | None = None
+    """Budget, a number or a fraction (8/255); default that of the run, else the published one."""
+
+    steps: int | None = None
+    """Steps; default that of the attack."""
+
+    step_size: str | None = None
+    """Length of a step in units of eps' norm, a number or a fraction; default that of the attack."""
+
+    restarts: int = 1
+    """Runs with new random starts; the worst case of each example is kept."""
+
+    targeted: str | None = None
+    """Targeted attack: next, random, least_likely, or the number of a class (whose examples are left out)."""
+
+    batch_size: int = 500
+    """Examples attacked at once."""
+
+    save_adv: Path | None = None
+    """Write x, x_adv, y, index, success, size to this .npz file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Common):
+    """Show stored reports as one page; several are compared."""
+
+    reports: tyro.conf.Positional[tuple[Path, ...]] = field(default=())
+    """Files report.json, or folders that hold one."""
+
+    out: Path | None = None
+    """The page, page.html or page.md; without it a table is printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Common):
+    """List attacks, threats, recipes, models, data sets and protocols."""
+
+    what: tyro.conf.Positional[Topic] = "all"
+    """What to list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims(Common):
+    """List, run or tabulate the experiments behind each method (needs a source checkout)."""
+
+    action: tyro.conf.Positional[Literal["list", "run", "table"]] = "list"
+    """list the claims, run one, or write RESULTS.md from the stored results."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """Which claim to run."""
+
+    root: Path = Path(".")
+    """Folder of the source checkout, the one that holds benchmarks/."""
+
+    smoke: bool = False
+    """One step only: does it run?"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Common):
+    """List or run the speed comparisons (needs a source checkout)."""
+
+    action: tyro.conf.Positional[Literal["list", "run"]] = "list"
+    """list the benchmarks or run one."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """Which benchmark to run."""
+
+    root: Path = Path(".")
+    """Folder of the source checkout, the one that holds benchmarks/."""
+
+
+COMMANDS: dict[str, type[Common]] = {
+    "demo": Demo,
+    "train": Train,
+    "evaluate": Evaluate,
+    "attack": Attack,
+    "report": Report,
+    "list": List,
+    "claims": Claims,
+    "bench": Bench,
+}
+"""Name of a command to its arguments."""

@@ -1,0 +1,325 @@
+"""The commands that train: `train` (one run folder, interruptible) and `demo` (two networks on digits, compared).
+
+What lives here: run folders, what is logged and printed, how a recipe becomes a run. What does not: any training (room
+`train`).
+
+A run folder holds `config.json` (arguments, versions, seed, device, revision), `run.json` and `checkpoints/` (by which
+a resumed run is checked and continued), `metrics.jsonl`, `train.log` (what happened when) and, once finished,
+`model.safetensors`.
+"""
+
+import math
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxadv import data as data_room
+from jaxadv import evaluate, models, parallel, train
+from jaxadv.cli import files, sources
+from jaxadv.cli.commands import exit_code, show_flags, show_models
+from jaxadv.cli.configs import Demo, Train
+from jaxadv.cli.errors import Stopped, UsageError
+from jaxadv.cli.parsing import fraction, plain
+from jaxadv.cli.progress import Progress, note, say
+from jaxadv.core import Trainable, check
+from jaxadv.evaluate.engine import evaluate as measure
+
+DATA_OF = {"mnist": "mnist", "digits": "digits", "cifar10": "cifar10_jpeg"}
+"""Last word of a recipe's name to the data set it is made for."""
+
+_CIFAR10 = {"mean": train.recipes.CIFAR10_MEAN, "std": train.recipes.CIFAR10_STD}
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    **dict.fromkeys(("standard_mnist", "fast_mnist", "pgd_mnist"), ("cnn_small", {})),
+    **dict.fromkeys(("standard_digits", "fast_digits", "pgd_digits"), ("cnn_small", {})),
+    "fast_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "raw", "width": 64}),
+    "pgd_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "preact", "width": 64}),
+}
+"""Recipe to its network and options: what is written beside the weights so that they can be loaded alone."""
+
+
+class Log:
+    """A file of dated lines about a run."""
+
+    def __init__(self, path: Path):
+        """Open the file for appending.
+
+        Args:
+          path: the file.
+        """
+        self.path = path
+
+    def __call__(self, text: str) -> None:
+        """Append a line."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+def follow(progress: Progress, stage: str, steps: int, log: Callable[[str], Any]) -> Callable:
+    """Return a callback of `fit` that draws progress and logs what matters.
+
+    Args:
+      progress: the display.
+      stage: what to call the run.
+      steps: its number of steps.
+      log: takes lines.
+
+    Returns:
+      `callback(step, state, metrics)`.
+    """
+
+    def callback(step: int, state: Any, metrics: dict[str, Any]) -> None:
+        del state
+        event = metrics["event"]
+        share = {name: f"{100 * metrics[name]:.1f} %" for name in ("clean", "robust") if metrics.get(name) is not None}
+        words = ", ".join(f"{name} {value}" for name, value in share.items())
+        if event == "train":
+            progress(step, steps, stage, f"loss {metrics['loss']:.3f}, {words}")
+        elif event == "validation":
+            log(f"step {step}: validation {words}{' (best so far)' if metrics['best'] else ''}")
+        elif event == "collapse":
+            text = f"step {step}: catastrophic overfitting, robust accuracy on training data fell from "
+            f"{metrics['before']:.3f} to "
+            log(f"{text}{metrics['robust']:.3f}; action: {metrics['action']}")
+            note(f"{stage}: {text}{metrics['robust']:.3f}")
+        elif event == "check" and metrics["collapsed"]:
+            log(
+                f"step {step}: catastrophic overfitting: robust accuracy on training data fell to "
+                f"{metrics['robust']:.3f}"
+            )
+
+    return callback
+
+
+def _recipe(name: str, source: Any, seed: int, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of `fit` and the spec of the network."""
+    net, options = check.choice("recipe with a network known here", name, NETWORKS)
+    spec = models.make_spec(net, shape=source.shape, classes=source.classes, **options)
+    trainable = models.from_spec(spec, jax.random.key(seed))
+    return train.recipe(name)(source, seed=seed, trainable=trainable, **given), spec
+
+
+def _weights(state: Any, trainable: Trainable) -> Trainable:
+    """The weights to publish: the average where one was kept."""
+    params = state.params if state.ema is None else state.ema
+    return Trainable(trainable.apply, params, state.state)
+
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+def run_train(config: Train) -> int:
+    """Train by a recipe into a run folder.
+
+    Args:
+      config: the arguments.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      UsageError: on arguments that cannot be used.
+      Stopped: after an interruption.
+    """
+    check.choice("recipe", config.recipe, train.RECIPES)
+    name = config.data or DATA_OF[config.recipe.rsplit("_", 1)[-1]]
+    _positive(config)
+    given = _given(config)
+    if not config.resume and config.out.is_dir() and any(config.out.iterdir()):
+        begun = (config.out / "config.json").exists()
+        fix = f"Continue it with: {resume_command(config.out)}" if begun else "Choose another folder, or empty it."
+        raise UsageError(
+            f"--out must be a new or empty folder; got {config.out}, which holds {'a run' if begun else 'files'}. {fix}"
+        )
+    source = sources.load_data(name, "train", config.data_root)
+    given["validation"] = sources.load_data(name, "validation", config.data_root)
+    arguments, spec = _recipe(config.recipe, source, config.seed, given)
+    files.writable(config.out)
+    log = Log(config.out / "train.log")
+    if not config.resume:
+        root = data_room.root(config.data_root)
+        stored = plain(config) | {"data": str(Path(name).resolve()) if name.endswith(".npz") else name, "resume": False}
+        stored |= {"data_root": str(root.resolve()) if root else None}
+        run = {"arguments": stored, "network": spec, "steps": arguments["steps"], "batch_size": arguments["batch_size"]}
+        files.write_run(
+            config.out,
+            "train",
+            config,
+            **run,
+            data={"name": source.name, "fingerprint": source.fingerprint, "n": len(source)},
+        )
+    steps = arguments["steps"]
+    log(
+        f"{'resumed' if config.resume else 'started'}: recipe {config.recipe} on {name}, {steps} steps of "
+        f"{arguments['batch_size']}"
+    )
+    note(
+        f"{config.recipe} on {name}: {steps} steps of {arguments['batch_size']}. If interrupted: "
+        f"{resume_command(config.out)}"
+    )
+    arguments |= {"checkpoint": config.out, "resume": config.resume, "log_every": max(1, min(50, steps // 20))}
+    arguments |= {"how": config.how, "mesh": None if config.devices is None else parallel.make_mesh(config.devices)}
+    began = time.perf_counter()
+    try:
+        with Progress() as progress:
+            arguments["callbacks"] = (follow(progress, "train", steps, log),)
+            state = train.fit(jax.random.key(config.seed), **arguments)
+    except train.Interrupted as stop:
+        log(f"interrupted at step {stop.step}, saved")
+        raise Stopped(
+            f"interrupted at step {stop.step} of {steps}; saved in {config.out}. Resume "
+            f"with:\n{resume_command(config.out)}"
+        ) from None
+    except KeyboardInterrupt:
+        log("interrupted")
+        raise Stopped(
+            f"interrupted; what was saved before is in {config.out}. Resume with:\n{resume_command(config.out)}"
+        ) from None
+    _finish(config, arguments, state, spec, steps, time.perf_counter() - began, log)
+    return 0
+
+
+def _finish(
+    config: Train, arguments: dict[str, Any], state: Any, spec: dict[str, Any], steps: int, seconds: float, log: Log
+) -> None:
+    """Export the weights and say which they are."""
+    weights = config.out / sources.WEIGHTS
+    models.save(weights, _weights(jax.device_get(state), arguments["trainable"]), spec)
+    step, best = int(state.step), arguments.get("keep", "last") == "best"
+    which = (
+        f"the best by robust accuracy on validation data, step {step}" if best else f"those of the last step, {step}"
+    )
+    seen = [m for m in train.read_metrics(config.out / "metrics.jsonl") if m.get("event") == "validation"]
+    mine = next((m for m in reversed(seen) if m["step"] == step), seen[-1] if seen else None)
+    log(f"finished: {weights.name} holds the weights: {which}")
+    say(f"{weights}: {which} of {steps}; {seconds:.0f} s.")
+    if mine is not None:
+        say(
+            f"Validation (step {mine['step']}): clean {100 * mine['clean']:.1f} %, robust "
+            f"{100 * mine['robust']:.1f} % under a short attack."
+        )
+    say(
+        f"Measure it properly: jaxadv evaluate {shlex.quote(str(config.out))} --out "
+        f"{shlex.quote(str(config.out / 'evaluation'))}"
+    )
+
+
+def resume_command(out: Path) -> str:
+    """Return the command that continues a run.
+
+    Args:
+      out: the run folder.
+
+    Returns:
+      The command, quoted for a shell.
+    """
+    return f"jaxadv train --out {shlex.quote(str(out))} --resume"
+
+
+def _positive(config: Any) -> None:
+    for name in ("epochs", "batch_size", "validate_every", "save_every", "n"):
+        value = getattr(config, name, None)
+        if value is not None:
+            check.whole(name, value)
+
+
+def _given(config: Train) -> dict[str, Any]:
+    """What was given beside the recipe, in the words of `fit`."""
+    names = ("epochs", "batch_size", "keep", "validate_every", "save_every", "precision")
+    given: dict[str, Any] = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.eps is not None:
+        eps = fraction(config.eps)
+        check.positive("eps", eps, "It is in the units of x, e.g. 0.3 or 8/255.")
+        given["eps"] = eps
+    return given
+
+
+# ----------------------------------------------------------------------------------------------------------------- demo
+
+
+def run_demo(config: Demo) -> int:
+    """Train two networks on the digits, one of them robustly, attack both and write a report.
+
+    Args:
+      config: the arguments.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      UsageError: on arguments that cannot be used.
+    """
+    _positive(config)
+    eps = fraction(config.eps)
+    test = sources.load_data("digits", "test", None, config.n)
+    threat = sources.threat("linf", eps, test)
+    files.writable(config.out)
+    began = time.perf_counter()
+    mesh = None if config.devices is None else parallel.make_mesh(config.devices)
+    parts = (("standard", "standard_digits", "standard training"), ("robust", "pgd_digits", "adversarial training"))
+    key, reports = jax.random.key(config.seed), []
+    x, y = test.all()
+    with Progress() as progress:
+        for folder, recipe, title in parts:
+            model = _demo_train(config, config.out / folder, recipe, title, eps, mesh, progress)
+
+            def tell(done: int, total: int, words: str, title: str = title) -> None:
+                progress(done, total, f"attack ({title})", words)
+
+            curve = sorted({*(math.ldexp(round(eps * f * 2**20), -20) for f in (1 / 3, 2 / 3, 4 / 3)), eps})
+            reports.append(
+                measure(
+                    key,
+                    model,
+                    x,
+                    y,
+                    threat,
+                    name=title,
+                    index=test.index,
+                    data=test,
+                    seed=config.seed,
+                    eps_curve=curve,
+                    progress=tell,
+                )
+            )
+    report = evaluate.merge(*reports)
+    report.save(config.out)
+    say(
+        f"Two networks of one architecture (cnn_small), {len(data_room.load('digits', 'train'))} training images, "
+        f"{len(test)} test images that neither has seen."
+    )
+    show_models(report)
+    show_flags(report)
+    out = shlex.quote(str(config.out))
+    say(
+        f"Robust accuracy counts the test images that no attack of the protocol broke within linf {eps:g}: an "
+        f"upper bound; "
+        "intervals are 95 % (Clopper-Pearson)."
+    )
+    say(f"Report: {config.out / 'report.html'} (and report.json, report.md), {time.perf_counter() - began:.0f} s.")
+    say(f"Go on: jaxadv attack {shlex.quote(str(config.out / 'robust'))} --eps 0.2   or   jaxadv report {out}")
+    return exit_code(report)
+
+
+def _demo_train(config: Demo, folder: Path, recipe: str, title: str, eps: float, mesh: Any, progress: Progress) -> Any:
+    """Train one network of the demo, export it, and return the model."""
+    given: dict[str, Any] = {"eps": eps, "validation": data_room.load("digits", "validation")}
+    if config.epochs is not None:
+        given["epochs"] = config.epochs
+    arguments, spec = _recipe(recipe, data_room.load("digits", "train"), config.seed, given)
+    files.writable(folder)
+    stage, steps = f"train ({title})", arguments["steps"]
+    arguments |= {"mesh": mesh, "log_every": max(1, min(50, steps // 20))}
+    state = train.fit(
+        jax.random.key(config.seed), callbacks=(follow(progress, stage, steps, lambda text: None),), **arguments
+    )
+    trained = _weights(jax.device_get(state), arguments["trainable"])
+    models.save(folder / sources.WEIGHTS, trained, spec)
+    stored = {"recipe": recipe, "data": "digits", "eps": config.eps, "epochs": config.epochs, "seed": config.seed}
+    files.write_run(
+        folder, "demo", config, arguments=stored, network=spec, steps=steps, batch_size=arguments["batch_size"]
+    )
+    return models.model(trained)

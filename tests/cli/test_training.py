@@ -1,0 +1,336 @@
+"""`train` and `demo`: run folders, resuming, interruptions, and that the exported network is the trained one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxadv import data, evaluate, models, train
+from jaxadv.cli import files, training
+from jaxadv.cli.configs import Train
+from jaxadv.cli.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--recipe", "tiny_digits", "--validate-every", 1000, "--save-every", 1000]  # at the end only
+RECIPES = [pytest.param(name, marks=pytest.mark.slow) if "cifar10" in name else name for name in train.RECIPES]
+
+
+def config_of(run):
+    return json.loads((run / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_train_writes_a_run_folder_whose_weights_are_the_trained_ones(cli, tiny, tmp_path):
+    run = tmp_path / "run"
+    ran = cli("train", *TINY, "--out", run, "--seed", 5, "--batch-size", 50)
+    assert ran.code == 0, ran
+    assert {"config.json", "metrics.jsonl", "checkpoints", "model.safetensors", "train.log", "run.json"} <= {
+        p.name for p in run.iterdir()
+    }
+    config = config_of(run)
+    assert config["schema"] == files.RUN_SCHEMA and config["seed"] == 5 and config["batch_size"] == 50
+    assert config["arguments"]["recipe"] == "tiny_digits" and config["arguments"]["data"] == "digits"
+    assert set(config["versions"]) >= {"jaxadv", "jax", "python", "numpy", "flax"} and config["device"]["kind"]
+    assert config["steps"] == len(data.load("digits", "train")) // 50
+
+    source, validation = data.load("digits", "train"), data.load("digits", "validation")
+    network = models.create("mlp", jax.random.key(5), shape=(8, 8, 1), classes=10, widths=())
+    arguments = tiny(source, seed=5, epochs=1, batch_size=50, validation=validation, trainable=network)
+    state = train.fit(jax.random.key(5), **arguments)
+    exported, spec = models.load(run / "model.safetensors")
+    assert spec == config["network"]
+    for ours, theirs in zip(jax.tree.leaves(exported.params), jax.tree.leaves(state.params)):
+        np.testing.assert_array_equal(ours, theirs)
+    log = (run / "train.log").read_text()
+    assert "started: recipe tiny_digits" in log and "validation clean" in log and "finished" in log
+    assert f"those of the last step, {config['steps']} of {config['steps']}" in ran.out
+    assert f"jaxadv evaluate {run}" in ran.out
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_network_written_beside_the_weights_is_that_of_the_recipe(name):
+    """What is exported is built from NETWORKS; the recipe must build the same from the same seed."""
+    shape = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}[name.rsplit("_", 1)[-1]]
+    source = data.arrays(
+        np.random.default_rng(0).uniform(size=(256, *shape)).astype(np.float32), np.arange(256) % 10, classes=10
+    )
+    given, spec = training._recipe(name, source, 3, {"epochs": 1})
+    own = train.RECIPES[name](source, seed=3, epochs=1)["trainable"]
+    # The structure holds the whole graph: shortcuts, normalization, widths.
+    assert jax.tree.structure(own) == jax.tree.structure(given["trainable"])
+    for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(given["trainable"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert set(training.NETWORKS) == set(train.RECIPES) and spec["name"] in models.NETS
+    assert training.DATA_OF[name.rsplit("_", 1)[-1]] in data.SOURCES
+
+
+def test_settings_reach_fit(tmp_path):
+    config = Train(out=tmp_path, eps="8/255", epochs=2, keep="best", precision="bfloat16", save_every=3)
+    assert training._given(config) == {
+        "eps": 8 / 255,
+        "epochs": 2,
+        "keep": "best",
+        "precision": "bfloat16",
+        "save_every": 3,
+    }
+    assert training._given(Train(out=tmp_path)) == {}
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_to_the_same_weights(cli, tiny, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut run"
+    words = ["--recipe", "tiny_digits", "--eps", "1/10", "--batch-size", 100, "--save-every", 4, "--validate-every", 6]
+    assert cli("train", *words, "--out", whole).code == 0
+
+    follow = training.follow
+
+    def impatient(*given):
+        tell = follow(*given)
+
+        def callback(step, state, metrics):
+            tell(step, state, metrics)
+            if step == 6:
+                signal.raise_signal(signal.SIGINT)
+
+        return callback
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "follow", impatient)
+        ran = cli("train", *words, "--out", cut)
+    command = f"jaxadv train --out '{cut}' --resume"
+    assert ran.code == 130 and ran.err.rstrip().endswith(f"Resume with:\n{command}")
+    assert "interrupted at step 6 of 12" in ran.err and not (cut / "model.safetensors").exists()
+    assert "interrupted at step 6" in (cut / "train.log").read_text()
+
+    ran = cli("evaluate", cut, "--n", 10)
+    assert ran.code == 2 and "finish it: jaxadv train" in ran.err
+    ran = cli("train", "--out", cut, "--resume")
+    assert ran.code == 0, ran
+    ours, theirs = (models.load(folder / "model.safetensors")[0] for folder in (cut, whole))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert "resumed" in (cut / "train.log").read_text()
+    steps = [m["step"] for m in train.read_metrics(cut / "metrics.jsonl") if m["event"] == "train"]
+    assert (
+        steps
+        == sorted(steps)
+        == [m["step"] for m in train.read_metrics(whole / "metrics.jsonl") if m["event"] == "train"]
+    )
+
+
+def test_resume_with_other_arguments_is_refused_with_what_differs(cli, refused, tiny, tmp_path):
+    run = tmp_path / "run"
+    assert cli("train", *TINY, "--out", run).code == 0
+    message = refused("train", "--out", run, "--resume", "--epochs", 2)
+    assert "settings that it began with" in message and "steps: 20 -> 40" in message
+    assert cli("train", "--out", run, "--resume").code == 0  # nothing is left to do
+    assert f"Continue it with: {training.resume_command(run)}" in refused("train", *TINY, "--out", run)
+
+
+@pytest.mark.slow
+def test_the_budget_and_the_data_of_a_run_are_the_defaults_of_its_evaluation(cli, tiny, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "evaluation"
+    assert cli("train", *TINY, "--eps", "1/20", "--keep", "best", "--out", run).code == 0
+    assert "the best by robust accuracy" in (run / "train.log").read_text()
+    assert cli("evaluate", run, "--n", 20, "--attacks", "fgsm", "--out", out).code in (0, 1)
+    tree = json.loads((out / "report.json").read_text())
+    assert (tree["data"]["name"], tree["models"][0]["name"], tree["models"][0]["threat"]["eps"]) == (
+        "digits",
+        "run",
+        0.05,
+    )
+
+
+def test_train_on_a_file_and_on_several_devices(cli, tiny, tmp_path):
+    x, y = data.load("digits", "train").all()
+    np.savez(tmp_path / "own.npz", x=x[:220], y=y[:220])
+    run = tmp_path / "run"
+    words = [*TINY, "--data", tmp_path / "own.npz", "--batch-size", 60, "--devices", 2, "--how", "shard_map"]
+    assert cli("train", *words, "--out", run).code == 0
+    assert config_of(run)["arguments"]["data"] == str(tmp_path / "own.npz") and config_of(run)["device"]["count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "fast_minst"], "unknown recipe 'fast_minst'. Did you mean 'fast_mnist'"),
+        (["--recipe", "fast_digits", "--data", "digitz"], "unknown data set 'digitz'. Did you mean 'digits'"),
+        (["--recipe", "fast_digits", "--eps", "0"], "eps must be finite and greater than 0; got 0.0"),
+        (["--recipe", "fast_digits", "--eps", "nan"], "eps must be finite and greater than 0; got nan"),
+        (["--recipe", "fast_digits", "--eps", "a"], "eps must be a number or a fraction"),
+        (["--recipe", "fast_digits", "--epochs", 0], "epochs must be a whole number of at least 1; got 0"),
+        (["--recipe", "fast_digits", "--batch-size", 5000], "batch_size"),
+        ([*TINY, "--devices", 3], "the rows of a batch must divide equally among the 3 devices"),
+        (["--recipe", "fast_digits", "--resume"], "--resume needs a run that was started before"),
+    ],
+)
+def test_train_refuses_bad_arguments(words, message, refused, tiny, tmp_path):
+    assert message in refused("train", *words, "--out", tmp_path / "run")
+
+
+def test_train_refuses_missing_data_and_folders_in_use(refused, tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAXADV_DATA", raising=False)
+    message = refused("train", "--out", tmp_path / "run")
+    assert "mnist/train-images-idx3-ubyte.gz" in message and not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    assert "which holds files" in refused("train", *TINY, "--out", tmp_path)
+    assert "--out must be a folder that can be written" in refused("train", *TINY, "--out", tmp_path / "file")
+
+
+def test_a_full_disk_while_training_is_one_paragraph(refused, tiny, tmp_path, monkeypatch):
+    def full(self, *given, **more):
+        raise train.CheckpointError(f"writing the checkpoint of step 3 to {tmp_path} failed: No space left on device.")
+
+    monkeypatch.setattr(train.Checkpoints, "save", full)
+    assert "No space left on device" in refused("train", *TINY, "--out", tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    path = tmp_path / "a.bin"
+    files.atomic(path, lambda file: file.write(b"old"))
+
+    def broken(file):
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        files.atomic(path, broken)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+    files.save_arrays(tmp_path / "b.npz", {"x": np.arange(3)})
+    np.testing.assert_array_equal(np.load(tmp_path / "b.npz")["x"], [0, 1, 2])
+
+
+def test_places_are_checked(tmp_path):
+    files.writable(tmp_path / "new" / "deep")
+    assert (tmp_path / "new" / "deep").is_dir() and not list((tmp_path / "new" / "deep").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--here must be a folder that can be written; got .*file"):
+        files.writable(tmp_path / "file", "--here")
+    assert files.npz_path(None) is None
+    assert files.npz_path(tmp_path / "a.npz") == tmp_path / "a.npz"
+    with pytest.raises(UsageError, match="must be a file that ends in .npz"):
+        files.npz_path(tmp_path / "a.txt")
+
+
+def test_the_record_of_a_run(tmp_path, monkeypatch):
+    files.write_run(tmp_path, "train", Train(out=tmp_path, seed=4), steps=3)
+    tree = config_of(tmp_path)
+    assert (
+        tree["command"] == "train"
+        and tree["seed"] == 4
+        and tree["steps"] == 3
+        and tree["arguments"]["out"] == str(tmp_path)
+    )
+    assert tree["versions"] == files.versions()
+    assert tree["git"] is None or len(tree["git"].split("+")[0]) == 40
+    monkeypatch.setattr(files.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError("no git")))
+    assert files.revision() is None
+
+
+def test_the_log_is_dated(tmp_path):
+    log = training.Log(tmp_path / "train.log")
+    log("one")
+    log("two")
+    lines = (tmp_path / "train.log").read_text().split("\n")
+    assert [line[20:] for line in lines[:2]] == ["one", "two"] and time.strptime(lines[0][:19], "%Y-%m-%d %H:%M:%S")
+
+
+# ------------------------------------------------------------------------------------------------- the demo, whole runs
+
+
+@pytest.mark.slow
+def test_a_small_demo(cli, tiny, tmp_path, monkeypatch):
+    for name in ("standard_digits", "pgd_digits"):
+        monkeypatch.setitem(train.RECIPES, name, tiny)
+        monkeypatch.setitem(training.NETWORKS, name, training.NETWORKS["tiny_digits"])
+    monkeypatch.setitem(evaluate.PROTOCOLS, "standard", (evaluate.Stage("fgsm"),))
+    out = tmp_path / "demo"
+    ran = cli("demo", "--out", out, "--epochs", 1, "--n", 20, "--eps", "0.1")
+    assert ran.code in (0, 1), ran
+    tree = json.loads((out / "report.json").read_text())
+    keys = {
+        "name",
+        "n",
+        "clean_accuracy",
+        "clean_interval",
+        "robust_accuracy",
+        "robust_interval",
+        "threat",
+        "attacks",
+        "flags",
+    }
+    assert len(tree["models"]) == 2 and all(set(m) >= keys for m in tree["models"])
+    assert [m["name"] for m in tree["models"]] == ["standard training", "adversarial training"]
+    assert (out / "report.html").is_file() and str(out / "report.html") in ran.out
+    assert all(m["threat"] == {"norm": "linf", "eps": 0.1, "bounds": [0.0, 1.0]} for m in tree["models"])
+    for part in ("standard", "robust"):
+        assert config_of(out / part)["arguments"]["data"] == "digits"
+        assert models.load(out / part / "model.safetensors")[1]["name"] == "mlp"
+    assert "eps must be finite" in cli("demo", "--out", out, "--eps", "0").err
+    assert cli("demo", "--out", out, "--epochs", 0).code == 2
+
+
+@pytest.mark.slow
+def test_the_demo_tells_the_two_networks_apart(cli, tmp_path):
+    out = tmp_path / "demo"
+    ran = cli("demo", "--out", out)
+    assert ran.code == 0, ran
+    standard, robust = json.loads((out / "report.json").read_text())["models"]
+    assert standard["n"] == robust["n"] == 360
+    assert standard["clean_accuracy"] > 0.95 and robust["clean_accuracy"] > 0.9
+    assert standard["robust_accuracy"] < 0.2 and robust["robust_accuracy"] > 0.5
+    assert standard["robust_interval"][1] < robust["robust_interval"][0]
+    for model in (standard, robust):
+        assert f"{100 * model['robust_accuracy']:.1f} %" in ran.out
+        assert not [f for f in model["flags"] if f["severity"] == "error"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_process_of_its_own(tmp_path):
+    run = tmp_path / "run"
+    words = [
+        sys.executable,
+        "-m",
+        "jaxadv.cli",
+        "train",
+        "--recipe",
+        "standard_digits",
+        "--epochs",
+        "300",
+        "--out",
+        str(run),
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    metrics = run / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert f"Resume with:\njaxadv train --out {run} --resume" in err and "Traceback" not in err and not out
+    again = subprocess.Popen(
+        [*words[:4], "--out", str(run), "--resume"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline, size = time.monotonic() + 300, metrics.stat().st_size
+    while time.monotonic() < deadline and again.poll() is None and metrics.stat().st_size <= size:
+        time.sleep(0.2)
+    again.send_signal(signal.SIGINT)
+    err = again.communicate(timeout=120)[1]
+    assert again.returncode == 130, err
+    first, second = (int(step) for step in re.findall(r"interrupted at step (\d+)", (run / "train.log").read_text()))
+    assert 0 < first < second and metrics.stat().st_size > size and f"interrupted at step {second} of 6000" in err
