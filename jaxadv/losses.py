@@ -28,7 +28,7 @@ def _label_loss(loss: Callable) -> Callable:
         check.logits(logits)
         if isinstance(y, Targets):
             return -labeled(logits, y.target)
-        check.labels(y, *logits.shape)
+        check.labels(y, logits.shape[0], logits.shape[1])
         return loss(logits, y)
 
     return labeled
@@ -60,7 +60,7 @@ def cross_entropy(logits: Float[Array, "b k"], y: Any) -> Float[Array, " b"]:
     check.logits(logits)
     if getattr(y, "ndim", 1) == 2:
         return -jnp.sum(y * jax.nn.log_softmax(logits), axis=-1)
-    check.labels(y, *logits.shape)
+    check.labels(y, logits.shape[0], logits.shape[1])
     return jax.nn.logsumexp(logits, axis=-1) - _at(logits, y)
 
 
@@ -152,8 +152,8 @@ def dlr_targeted(logits: Float[Array, "b k"], y: Targets) -> Float[Array, " b"]:
         raise ValueError(
             f"dlr_targeted needs at least 4 classes; got logits of shape {logits.shape}. Use losses.margin."
         )
-    check.labels(y.label, *logits.shape, name="label")
-    check.labels(y.target, *logits.shape, name="target")
+    check.labels(y.label, logits.shape[0], logits.shape[1], name="label")
+    check.labels(y.target, logits.shape[0], logits.shape[1], name="target")
     top = lax.top_k(logits, 4)[0]
     return (_at(logits, y.label) - _at(logits, y.target)) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 

@@ -144,7 +144,8 @@ class GradientAttack(Attack):
         if self.start == "random":
             return self.threat.sample(keys, x)
         if self.start == "unclipped":
-            return dataclasses.replace(self.threat, bounds=(-jnp.inf, jnp.inf)).sample(keys, x)
+            free: Any = self.threat
+            return dataclasses.replace(free, bounds=(-jnp.inf, jnp.inf)).sample(keys, x)
         draw = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
         half = jnp.broadcast_to(jnp.asarray(self.threat.eps, x.dtype) / 2, x.shape[:1])
         return self.threat.project(x + half.reshape((-1,) + (1,) * (x.ndim - 1)) * jnp.sign(draw), x)
