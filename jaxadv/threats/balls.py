@@ -227,6 +227,7 @@ class Ball(Threat):
 def _bisect(fits: Callable, low, high):
     """Return the largest share in [low, high] that fits, to float precision; `fits` holds at `low` and is monotone."""
     low = jnp.where(fits(high), high, low)
+    high = jnp.maximum(low, high)  # starts from data too, as shard_map asks of a carry
 
     def half(_, ends):
         low, high = ends
