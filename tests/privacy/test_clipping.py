@@ -157,11 +157,12 @@ def test_a_bound_of_infinity_changes_nothing():
 
 @pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf, 1e30))  # the square of 1e30 overflows float32
 @pytest.mark.parametrize("bound", (0.0, 1.0, np.inf))
-def test_a_non_finite_example_contributes_exactly_zero(bad, bound):
+@pytest.mark.parametrize("mask", (None, np.ones(4, bool)), ids=("unmasked", "masked"))
+def test_a_non_finite_example_contributes_exactly_zero(bad, bound, mask):
     rows = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     rows[1, 2] = bad
     run = clipped_grads(quadratic, clip_norm=bound)
-    got, aux = run(jnp.ones(3), jnp.asarray(rows))
+    got, aux = run(jnp.ones(3), jnp.asarray(rows), None if mask is None else jnp.asarray(mask))
     want, _ = run(jnp.ones(3), jnp.asarray(rows), jnp.array([True, False, True, True]))
     np.testing.assert_array_equal(got, want)
     assert np.isfinite(got).all()
