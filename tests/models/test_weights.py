@@ -30,11 +30,8 @@ def test_a_round_trip_is_exact(name, tmp_path):
     path = tmp_path / "net.safetensors"
     models.save(path, net, spec)
     again, read = models.load(path)
-    assert read == spec and jax.tree.structure(again) == jax.tree.structure(net)
-    jax.tree.map(np.testing.assert_array_equal, (again.params, again.state), (net.params, net.state))
-    x = jnp.ones((2, 8, 8, 1))
-    ask = jax.jit(lambda model, x: model(x))
-    np.testing.assert_array_equal(ask(models.model(again), x), ask(models.model(net), x))
+    assert read == spec and jax.tree.structure(again) == jax.tree.structure(net)  # the static graph included
+    jax.tree.map(np.testing.assert_array_equal, again, net)
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]  # no temporary file stays
 
 
