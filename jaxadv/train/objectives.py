@@ -9,8 +9,6 @@ get the step's key and the dataset index, so the iterates do not depend on the o
 devices.
 """
 
-import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import attacks, losses
-from jaxadv.core import Attack, Model, Objective, Threat, check, pytree, robust
+from jaxadv.core import Attack, Model, Objective, Threat, check, robust
 
 ATTACK_BN = ("eval", "local")
 """Batch norm inside the attack: running statistics, or those of the batch without updating the running ones."""
@@ -143,26 +141,11 @@ def pgd_at(attack: Attack, *, bn_attack: str = "eval", bn: str = "train", label_
     return partial(_pgd_at, attack=attack, bn_attack=bn_attack, bn=bn, label_smoothing=label_smoothing)
 
 
-@pytree
-class CubeStart(attacks.GradientAttack):
-    """A gradient attack that starts anywhere within the budget, also outside the bounds; what it returns lies inside.
-
-    Where many features stand at a bound (the black of MNIST), a start that is cut to the bounds leaves half of them
-    unmoved.
-    """
-
-    def init(self, keys, model, x, y):
-        """Start at a random point of the threat without its bounds."""
-        state = super().init(keys, model, x, y)
-        free = dataclasses.replace(self.threat, bounds=(-math.inf, math.inf))  # pyright: ignore
-        return state._replace(point=free.sample(keys, x))
-
-
 def fgsm_rs(
     threat: Threat,
     *,
     alpha: Any = None,
-    start: str = "inside",
+    start: str = "random",
     bn_attack: str = "local",
     bn: str = "train",
     label_smoothing: float = 0.0,
@@ -175,8 +158,8 @@ def fgsm_rs(
       threat: linf, with its budget.
       alpha: step length in units of `x`; None is 1.25 eps. Twice the budget collapses; so may long runs and large
         budgets.
-      start: `'inside'` cuts the random start to the bounds, as the authors' CIFAR-10 code does; `'cube'` does not, as
-        their MNIST code. On MNIST at 0.3 that decides between robust and not at all.
+      start: `'random'` within the bounds, as in the authors' CIFAR-10 code, or `'unclipped'`, as in their MNIST code.
+        Where many features stand at a bound (the black of MNIST) that decides between robust and not at all.
       bn_attack: see `pgd_at`; published with statistics of the batch.
       bn: batch norm of the training pass.
       label_smoothing: see `smoothed_cross_entropy`.
@@ -193,10 +176,8 @@ def fgsm_rs(
     """
     alpha = 1.25 * threat.eps if alpha is None else alpha
     check.positive("alpha", alpha, "None stands for 1.25 eps.")
-    check.choice("start", start, ("inside", "cube"))
-    attack = attacks.fgsm(threat, start="random", step_size=alpha, keep="last", name="fgsm_rs")
-    if start == "cube":
-        attack = CubeStart(**{f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)})
+    check.choice("start", start, ("random", "unclipped"))
+    attack = attacks.fgsm(threat, start=start, step_size=alpha, keep="last", name="fgsm_rs")
     return pgd_at(attack, bn_attack=bn_attack, bn=bn, label_smoothing=label_smoothing)
 
 

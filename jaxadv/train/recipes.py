@@ -152,17 +152,19 @@ def fast_mnist(
     seed: int = 0,
     eps=None,
     alpha: float | None = None,
-    epochs: float = 10,
-    lr_max: float = 5e-3,
+    epochs: float = 30,
+    lr_max: float = 2e-3,
     net="cnn_small",
     validation=None,
     **overrides,
 ) -> dict[str, Any]:
-    """Fast adversarial training of the small MNIST network: FGSM with a random start, Adam, one cycle, 10 epochs.
+    """Fast adversarial training of the small MNIST network: FGSM with a random start, Adam, one cycle.
 
-    As published: eps 0.3, alpha 0.375, uniform start that is not cut to the bounds, batch 100, learning rate 0 -> 5e-3
-    -> 0 with its peak at two fifths, PyTorch's initialization. Ours: held-out validation and a watch for collapse that
-    records it (the authors' MNIST code has neither), and the weights returned are those of the last step.
+    As published: eps 0.3, alpha 0.375, a uniform start that is not cut to the bounds, batch 100, a learning rate that
+    rises from 0 to its peak at two fifths and falls to 0, PyTorch's initialization. Ours: the peak is 2e-3 instead of
+    5e-3 and there are 30 epochs instead of 10: with the published pair, training collapsed within 10 epochs for two of
+    the three seeds tried here, with this pair for none; chosen on held-out training images. There is also a watch that
+    records a collapse. The weights returned are those of the last step.
 
     Args:
       data: training source.
@@ -180,13 +182,12 @@ def fast_mnist(
 
     References:
       Wong, Rice and Kolter 2020, Fast is better than free, arXiv:2001.03994, section 5.1; code
-      locuslab/fast_adversarial, MNIST/train_mnist.py (`--fgsm --fname ... --alpha 0.375 --lr-type cyclic --lr-max 5e-3
-      --epochs 10`).
+      locuslab/fast_adversarial, MNIST/train_mnist.py.
     """
     threat = _linf(eps, 0.3, data)
     return _mnist(
         data,
-        objectives.fgsm_rs(threat, alpha=alpha, start="cube"),
+        objectives.fgsm_rs(threat, alpha=alpha, start="unclipped"),
         threat,
         seed=seed,
         validation=validation,
