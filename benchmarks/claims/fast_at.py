@@ -26,7 +26,7 @@ CLAIM = {
         "data": "mnist",
         "eps": 0.3,
         "train": 10_000,
-        "pgd_steps": 20,
+        "pgd_steps": 10,
         "test": 10_000,
         "test_side_by_side": 1_000,
         "judge_steps": 50,
