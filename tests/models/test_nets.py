@@ -35,9 +35,10 @@ SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
 RUN = [name for name in models.NETS if name != "preact_resnet18"]  # which is the code of wide_resnet at more depth
 
 
-def small(name, shape=(8, 8, 1), seed=0, classes=10, **options):
-    settings = SMALL.get(name, {}) | options
-    return jax.jit(lambda k: models.create(name, k, shape=shape, classes=classes, **settings))(jax.random.key(seed))
+@pytest.fixture
+def small(filled):
+    """`filled` with small settings for each network."""
+    return lambda name, shape=(8, 8, 1), **options: filled(name, shape, **(SMALL.get(name, {}) | options))
 
 
 def count(name, **options):
@@ -63,7 +64,7 @@ def linear(x, p):
     return x @ np.asarray(p["kernel"], np.float64) + np.asarray(p["bias"])
 
 
-def test_cnn_small_is_its_hand_written_forward(key):
+def test_cnn_small_is_its_hand_written_forward(key, small):
     net = small("cnn_small", (8, 12, 2))
     x = jax.random.uniform(key, (3, 8, 12, 2))
     p = net.params
@@ -74,7 +75,7 @@ def test_cnn_small_is_its_hand_written_forward(key):
     np.testing.assert_allclose(models.model(net)(x), want, atol=1e-5)
 
 
-def test_cnn_madry_is_its_hand_written_forward(key):
+def test_cnn_madry_is_its_hand_written_forward(key, small):
     net = small("cnn_madry", (6, 8, 1), channels=(3, 4), hidden=5)
     x = jax.random.uniform(key, (2, 6, 8, 1))
     p = net.params
@@ -89,7 +90,7 @@ def test_cnn_madry_is_its_hand_written_forward(key):
     np.testing.assert_allclose(models.model(net)(x), want, atol=1e-5)
 
 
-def test_mlp_is_its_hand_written_forward_for_any_input_shape(key):
+def test_mlp_is_its_hand_written_forward_for_any_input_shape(key, small):
     net = small("mlp", (5,), widths=(4, 3), activation="silu")
     x = jax.random.normal(key, (6, 5))
     z, p = np.asarray(x, np.float64), net.params["layers"]
@@ -112,14 +113,14 @@ def test_published_sizes():
 
 @pytest.mark.parametrize("name", models.NETS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_network_takes_every_image_shape(name, shape, key):
+def test_every_network_takes_every_image_shape(name, shape, key, small):
     x = jax.random.uniform(key, (2, *shape))
     logits = jax.eval_shape(lambda x: models.model(small(name, shape, classes=7))(x), x)
     assert logits.shape == (2, 7) and logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", models.NETS)
-def test_every_network_refuses_other_inputs_at_trace_time(name):
+def test_every_network_refuses_other_inputs_at_trace_time(name, small):
 
     def ask(x):  # traced only
         return jax.eval_shape(lambda x: models.model(small(name, (28, 28, 1)))(x), x)
@@ -137,7 +138,7 @@ def test_every_network_refuses_other_inputs_at_trace_time(name):
 
 @pytest.mark.parametrize("name", RUN)
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
-def test_every_network_has_every_norm_and_trains_in_it(name, norm, key):
+def test_every_network_has_every_norm_and_trains_in_it(name, norm, key, small):
     net = small(name, norm=norm)
     x = jax.random.uniform(key, (4, 8, 8, 1))
 
@@ -161,7 +162,7 @@ def test_every_network_has_every_norm_and_trains_in_it(name, norm, key):
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_half_precision_computes_in_half_and_answers_in_float32(name, key):
+def test_half_precision_computes_in_half_and_answers_in_float32(name, key, small):
     net = small(name, norm="batch")
     x = jax.random.uniform(key, (8, 8, 8, 1))
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), net.params)
@@ -176,7 +177,7 @@ def test_half_precision_computes_in_half_and_answers_in_float32(name, key):
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_normalization_sits_inside(name, key):
+def test_normalization_sits_inside(name, key, small):
     mean, std = (0.1, 0.5, 0.7), (0.2, 0.3, 0.4)
     x = jax.random.uniform(key, (2, 8, 8, 3))
     inside, plain = small(name, (8, 8, 3), mean=mean, std=std), small(name, (8, 8, 3))
@@ -187,7 +188,7 @@ def test_normalization_sits_inside(name, key):
     np.testing.assert_allclose(ask(models.model(one), x), ask(models.model(plain), (x - 0.5) / 0.25), atol=1e-5)
 
 
-def test_impossible_settings_are_refused():
+def test_impossible_settings_are_refused(small):
     with pytest.raises(ValueError, match="one for each of the 3 channels; got 2"):
         small("mlp", (8, 8, 3), mean=(0.1, 0.2))
     with pytest.raises(ValueError, match="std must be finite and greater than 0"):

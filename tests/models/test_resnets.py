@@ -23,10 +23,6 @@ CASES = [
 ]
 
 
-def tiny(name, shape=(8, 8, 1), **options):
-    return jax.jit(lambda k: models.create(name, k, shape=shape, classes=3, **options))(jax.random.key(0))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_running_statistics_are_those_of_torch(stored, torch_case, name):
     spec, arrays = torch_case(name)
@@ -80,8 +76,8 @@ def test_a_norm_free_block_starts_as_its_shortcut(key):
     assert SHORTCUTS == ("raw", "preact") and issubclass(PreActResNet18, ResNet) and issubclass(WideResNet, ResNet)
 
 
-def test_dropout_acts_only_with_a_key(key):
-    net = tiny("wide_resnet", depth=10, width=1, dropout=0.3)
+def test_dropout_acts_only_with_a_key(key, filled):
+    net = filled("wide_resnet", depth=10, width=1, dropout=0.3)
     x = jax.random.uniform(key, (4, 8, 8, 1))
     run = jax.jit(lambda x, key: net.apply(net.params, net.state, x, bn="local", key=key)[0])
     plain, noisy, same = run(x, None), run(x, key), run(x, key)
@@ -89,8 +85,8 @@ def test_dropout_acts_only_with_a_key(key):
     np.testing.assert_array_equal(noisy, same)
 
 
-def test_stem_stride_halves_the_grid(key):
-    net = tiny("preact_resnet18", (16, 16, 1), width=2, stem_stride=2)
+def test_stem_stride_halves_the_grid(key, filled):
+    net = filled("preact_resnet18", (16, 16, 1), width=2, stem_stride=2)
     jaxpr = str(jax.make_jaxpr(models.model(net))(jnp.zeros((1, 16, 16, 1))))
     assert "f32[1,8,8,2]" in jaxpr and "f32[1,16,16,2]" not in jaxpr
 
@@ -104,9 +100,9 @@ def test_impossible_depths_and_variants_are_refused(key):
         models.create("preact_resnet18", key, shape=(8, 8, 1), classes=3, width=0)
 
 
-def test_sharded_training_pass_is_the_global_one(key):
+def test_sharded_training_pass_is_the_global_one(key, filled):
     """A whole network over an axis: logits, state and statistics of masked rows."""
-    net = tiny("wide_resnet", depth=10, width=1)
+    net = filled("wide_resnet", depth=10, width=1)
     x = jax.random.uniform(key, (8, 8, 8, 1))
     mask = jnp.arange(8) != 5
 

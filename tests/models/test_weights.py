@@ -15,17 +15,19 @@ from jaxadv.models.weights import SCHEMA
 OPTIONS = {"mlp": {"widths": (5,)}, "preact_resnet18": {"width": 2}, "wide_resnet": {"depth": 10, "width": 1}}
 
 
-def made(name, seed=0, **options):
-    options = OPTIONS.get(name, {}) | options
-    spec = models.make_spec(name, shape=(8, 8, 1), classes=3, mean=0.5, std=(0.25,), **options)
-    net = jax.jit(lambda k: models.from_spec(spec, k))(jax.random.key(seed))
-    if net.state:  # values that a fresh network does not have
-        net = net._replace(state=jax.tree.map(lambda a: a + 0.25, net.state))
-    return net, spec
+@pytest.fixture
+def made(filled):
+    """A function from a name to a network and its spec."""
+
+    def make(name, seed=0):
+        settings = {"shape": (8, 8, 1), "classes": 3, "mean": 0.5, "std": (0.25,), **OPTIONS.get(name, {})}
+        return filled(name, seed=seed, **settings), models.make_spec(name, **settings)
+
+    return make
 
 
 @pytest.mark.parametrize("name", models.NETS)
-def test_a_round_trip_is_exact(name, tmp_path):
+def test_a_round_trip_is_exact(name, tmp_path, made):
     net, spec = made(name)
     path = tmp_path / "net.safetensors"
     models.save(path, net, spec)
@@ -35,7 +37,7 @@ def test_a_round_trip_is_exact(name, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]  # no temporary file stays
 
 
-def test_the_file_names_its_arrays_by_path(tmp_path):
+def test_the_file_names_its_arrays_by_path(tmp_path, made):
     net, spec = made("preact_resnet18")
     models.save(tmp_path / "net", net, spec)
     arrays = load_file(tmp_path / "net")
@@ -45,7 +47,7 @@ def test_the_file_names_its_arrays_by_path(tmp_path):
     np.testing.assert_array_equal(arrays["state.bn.mean"], net.state["bn"]["mean"])
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, made):
     net, spec = made("mlp")
     path = tmp_path / "net.safetensors"
     models.save(path, net, spec)
@@ -60,7 +62,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
 
 
-def test_save_refuses_weights_of_another_network(tmp_path):
+def test_save_refuses_weights_of_another_network(tmp_path, made):
     net, spec = made("mlp")
     other = models.make_spec("mlp", shape=(8, 8, 1), classes=3, widths=(7,))
     with pytest.raises(ValueError, match=r"weights must hold.*has shape \(64, 5\), not \(64, 7\)"):
@@ -73,7 +75,7 @@ def test_save_refuses_weights_of_another_network(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_load_refuses_missing_and_damaged_files(tmp_path):
+def test_load_refuses_missing_and_damaged_files(tmp_path, made):
     with pytest.raises(FileNotFoundError, match="Check the path"):
         models.load(tmp_path / "none.safetensors")
     net, spec = made("cnn_small")
@@ -88,7 +90,7 @@ def test_load_refuses_missing_and_damaged_files(tmp_path):
             models.load(path)
 
 
-def test_load_refuses_files_that_do_not_fit(tmp_path):
+def test_load_refuses_files_that_do_not_fit(tmp_path, made):
     net, spec = made("mlp")
     path = tmp_path / "net.safetensors"
     models.save(path, net, spec)
