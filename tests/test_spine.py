@@ -1,4 +1,4 @@
-"""The spine, end to end on digits with tiny settings: train, save, evaluate, report, verify; the front page as written."""
+"""The spine, end to end on digits: train, save, evaluate, report, verify; and the front page as written."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_train_save_evaluate_report_verify(digits, trained, tmp_path):
     _, source = digits
     x, y = source.all()
     threat = ja.threats.linf(EPS, source.bounds)
-    attacks = (ja.attacks.fgsm(threat), ja.attacks.pgd(threat, steps=20, loss=ja.losses.margin, name="pgd_margin"))
+    attacks = (ja.attacks.pgd(threat, steps=20, loss=ja.losses.margin, name="pgd_margin"),)
     report = ja.evaluate(
         jax.random.key(2),
         trained,
@@ -127,14 +127,12 @@ def test_what_a_user_sees_works_as_written(digits, trained):
     x_adv = ja.attacks.pgd(threat, steps=20).run(key, model, x, y).x
     assert report.models[0].robust_accuracy <= report.models[0].clean_accuracy
     assert ja.feasible(threat, np.asarray(x_adv), x).all()
-    jitted = jax.jit(lambda x, y: ja.attacks.pgd(threat, steps=20).run(key, model, x, y).x)(x, y)
-    np.testing.assert_allclose(jitted, x_adv, atol=1e-6)
     assert float(ja.margin(model(x_adv), y).mean()) < float(ja.margin(model(x), y).mean())
 
 
 def test_a_recipe_trains_as_written(digits):
     source, key = digits[0], jax.random.key(0)
-    state = ja.train.fit(key, **ja.recipes.standard_digits(source, epochs=1) | CALM)
+    state = ja.train.fit(key, **ja.recipes.standard_digits(source, epochs=1, net="mlp") | CALM)
     assert int(state.step) == (len(source) - len(source) // 10) // 64
 
 

@@ -117,7 +117,7 @@ def _machine(config: Common) -> Iterator[None]:
     if not cache:
         yield
         return
-    before = jax.config.read("jax_compilation_cache_dir")
+    before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 (declared at run time)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         yield
@@ -132,7 +132,7 @@ def _force_devices(count: int) -> None:
     if count < 1:
         raise UsageError(f"--devices must be at least 1; got {count}.")
     with contextlib.suppress(RuntimeError):  # a backend exists already: use what it has
-        if count > jax.config.read("jax_num_cpu_devices"):
+        if count > getattr(jax.config, "jax_num_cpu_devices"):  # noqa: B009 (declared at run time)
             jax.config.update("jax_num_cpu_devices", count)
     if len(jax.devices()) < count:
         raise UsageError(f"--devices must be at most the {len(jax.devices())} devices that jax sees; got {count}.")
