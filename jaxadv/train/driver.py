@@ -246,9 +246,8 @@ def _config(key, settings: _Settings, data, start: TrainState, objective, optimi
     sources = {"data": data.fingerprint}
     if settings.validation is not None:
         sources["validation"] = settings.validation.fingerprint
-    arrays = {
-        jax.tree_util.keystr(p): f"{a.dtype}{list(a.shape)}" for p, a in jax.tree_util.tree_leaves_with_path(start)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path({"params": start.params, "state": start.state})
+    arrays = {jax.tree_util.keystr(p): f"{a.dtype}{list(a.shape)}" for p, a in leaves}
     return record.describe(
         {
             "settings": fields,

@@ -108,8 +108,8 @@ def in_precision(apply: Callable, precision: str = "float32", bn_groups: int = 1
 def _bind(apply: Callable, mask, axis_name) -> Callable:
     """Tell batch norm about padding and shards, where it looks at the batch at all.
 
-    Padding rows are normalized with the statistics of the others, so their logits are cut off from the gradient: else an
-    attack that sums its loss over all rows would move real rows on behalf of padding.
+    Padding rows are normalized with the statistics of the others, so their logits are cut off from the gradient: else
+    an attack that sums its loss over all rows would move real rows on behalf of padding.
     """
 
     def bound(params, state, x, *, bn="eval", key=None):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxadv import attacks, parallel, threats, train
+from jaxadv import attacks, losses, parallel, threats, train
 from jaxadv.core import Trainable
 from jaxadv.train import trainer
 
@@ -225,6 +225,12 @@ def test_the_judge_counts_rows_that_are_correct_and_stay_so(kit, key):
     sign, score = 2 * y - 1, x @ w + b
     assert int(counts["count"]) == 50 and int(counts["clean"]) == np.sum(sign * score > 0)
     assert int(counts["robust"]) == np.sum(sign * score > eps * np.abs(w).sum())
+    # an attack that repairs wrong rows does not make them robust
+    helper = attacks.pgd(
+        threats.linf(eps, (-10.0, 10.0)), steps=2, step_size=eps, loss=losses.cross_entropy, start="zero", keep="last"
+    )
+    _, counts = jax.jit(trainer.make_judge(net.apply, helper))(trainer.Judged(net.params, net.state, key), batch)
+    assert int(counts["robust"]) == int(counts["clean"]) < np.sum(sign * score > -eps * np.abs(w).sum())
 
 
 @pytest.mark.parametrize(

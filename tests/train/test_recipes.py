@@ -1,0 +1,128 @@
+"""Recipes: the published settings, the names, and that the small ones learn what they should."""
+
+import inspect
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxadv import attacks, data, models, train
+from jaxadv.train import recipes
+
+
+def source_for(name, n=400):
+    if name.endswith("digits"):
+        return data.load("digits")
+    shape = (28, 28, 1) if name.endswith("mnist") else (32, 32, 3)
+    x = np.random.default_rng(0).integers(0, 255, (n, *shape), dtype=np.uint8)
+    return data.arrays(x, np.arange(n, dtype=np.int32) % 10)
+
+
+def small(name):
+    return {"width": 2} if name.endswith("cifar10") else {}
+
+
+@pytest.mark.parametrize("name", sorted(train.RECIPES))
+def test_a_recipe_gives_arguments_of_fit_and_a_train_set_apart_from_validation(name):
+    source = source_for(name)
+    given = train.recipe(name)(source, **small(name))
+    inspect.signature(train.fit).bind(jax.random.key(0), **given)
+    held, kept = given["validation"].index, given["data"].index
+    assert not set(held.tolist()) & set(kept.tolist())
+    assert len(kept) + min(len(source) // 10, 1000) == len(source)
+    assert np.ptp(np.bincount(given["validation"].y)) <= 2
+    given["optimizer"].init(given["trainable"].params)
+    assert "References" in train.RECIPES[name].__doc__ or "settings of this library" in train.RECIPES[name].__doc__
+
+
+def test_fast_mnist_takes_the_published_step_and_the_published_shape_of_the_rate():
+    given = train.recipes.fast_mnist(source_for("mnist", 1200), seed=3, epochs=10, lr_max=5e-3)
+    want = models.create("cnn_small", jax.random.key(3), shape=(28, 28, 1), classes=10)
+    np.testing.assert_array_equal(jax.tree.leaves(given["trainable"].params)[0], jax.tree.leaves(want.params)[0])
+    attack = given["objective"].keywords["attack"]
+    assert (attack.threat.eps, attack.step_size, attack.max_steps, attack.keep) == (0.3, 0.375, 1, "last")
+    assert attack.start == "unclipped" and given["batch_size"] == 100 and given["steps"] == 100
+    # Adam moves each parameter by the rate when the gradient does not change: 0, half way up, the peak, half way down
+    optimizer, grads, params = given["optimizer"], {"w": np.float32(1)}, {"w": np.float32(0)}
+    state, moves = optimizer.init(params), []
+    for _ in range(given["steps"]):
+        update, state = optimizer.update(grads, state, params)
+        moves.append(-float(update["w"]))
+    want = np.interp(np.arange(100), [0, 40, 100], [0, 5e-3, 0])
+    np.testing.assert_allclose(moves, want, atol=2e-6)
+
+
+def test_the_start_of_fast_mnist_leaves_the_bounds_and_its_points_do_not(kit, key):
+    x = jax.numpy.zeros((4, 28, 28, 1))
+    attack = train.recipes.fast_mnist(source_for("mnist"))["objective"].keywords["attack"]
+    model = jax.tree_util.Partial(lambda z: 3 * z.reshape(4, -1)[:, :2])
+    state = attack.init(jax.random.split(key, 4), model, x, jax.numpy.zeros(4, int))
+    assert float(state.point.min()) < -0.25 and float(state.point.max()) > 0.25
+    assert abs(float(state.point.mean())) < 0.02
+    found = attack.run(key, model, x, jax.numpy.zeros(4, int)).x
+    assert float(found.min()) >= 0 and float(found.max()) <= np.float32(0.3)
+
+
+def test_the_cifar10_recipes_are_as_published():
+    fast = train.recipes.fast_cifar10(source_for("cifar10", 1280), width=2, epochs=2)
+    attack = fast["objective"].keywords["attack"]
+    assert (attack.threat.eps, attack.step_size) == (8 / 255, 10 / 255) and fast["precision"] == "bfloat16"
+    assert attack.start == "random" and fast["objective"].keywords["bn_attack"] == "local"
+    assert (fast["batch_size"], fast["steps"], fast["collapse"].action) == (128, 18, "stop")
+    rice = train.recipes.pgd_cifar10(source_for("cifar10", 1280), width=2, epochs=2)
+    attack = rice["objective"].keywords["attack"]
+    assert (attack.max_steps, attack.threat.eps) == (10, 8 / 255) and attack.step_size == pytest.approx(2 / 255)
+    assert rice["keep"] == "best"
+    # PyTorch's SGD by hand: buf = 0.9 buf + (g + 5e-4 p), p -= lr buf
+    optimizer, p, buffer = rice["optimizer"], np.float64(2.0), 0.0
+    params = {"w": np.float32(2.0)}
+    state = optimizer.init(params)
+    for step in range(18):
+        lr = 0.1 * (0.1 if step >= 9 else 1) * (0.1 if step >= 14 else 1)
+        buffer = 0.9 * buffer + 0.3 + 5e-4 * p
+        p -= lr * buffer
+        update, state = optimizer.update({"w": np.float32(0.3)}, state, params)
+        params = optax.apply_updates(params, update)
+        assert float(params["w"]) == pytest.approx(p, rel=1e-5)
+
+
+def test_overrides_win_and_unknown_ones_are_named():
+    source = data.load("digits")
+    given = recipes.fast_digits(source, batch_size=32, precision="bfloat16", epochs=2, eps=0.05)
+    assert given["precision"] == "bfloat16" and given["steps"] == 2 * (len(given["data"]) // 32)
+    assert given["attack"].threat.eps == 0.05
+    assert recipes.pgd_digits(source, steps=7)["steps"] == 7
+    with pytest.raises(ValueError, match="unknown setting of fit 'batchsize'. Did you mean 'batch_size'"):
+        recipes.fast_digits(source, batchsize=32)
+    with pytest.raises(ValueError, match="epochs must be finite and greater than 0"):
+        recipes.fast_digits(source, epochs=0.0)
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest_names():
+    with pytest.raises(ValueError, match="unknown recipe 'fast_minst'. Did you mean 'fast_mnist'"):
+        train.recipe("fast_minst")
+
+
+def test_hold_out_is_fixed_balanced_and_apart():
+    source = data.load("digits")
+    (one, held), (two, again) = recipes.hold_out(source, 100), recipes.hold_out(source, 100)
+    np.testing.assert_array_equal(held.index, again.index)
+    assert len(held) == 100 and len(one) + 100 == len(source) == len(two) + 100
+    assert np.bincount(held.y).tolist() == [10] * 10 and not set(held.index.tolist()) & set(one.index.tolist())
+
+
+@pytest.mark.slow
+def test_the_digits_recipes_learn_what_they_should():
+    """Robustness has to be trained: PGD at the recipe's budget on the official test set."""
+    source, validation, test = (data.load("digits", split) for split in ("train", "validation", "test"))
+    x, y = test.all()
+    robust = {}
+    for name in ("standard_digits", "fast_digits", "pgd_digits"):
+        given = train.recipe(name)(source, validation=validation)
+        state = train.fit(jax.random.key(0), **given)
+        model = models.model(given["trainable"]._replace(params=state.params, state=state.state))
+        found = attacks.pgd(given["attack"].threat, steps=40).run(jax.random.key(1), model, x, y)
+        assert float(np.mean(np.argmax(model(x), -1) == y)) > 0.93
+        robust[name] = float(1 - np.mean(found.success))
+    assert robust["standard_digits"] < 0.3 and robust["fast_digits"] > 0.5 and robust["pgd_digits"] > 0.5
