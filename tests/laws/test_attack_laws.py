@@ -1,0 +1,301 @@
+"""Laws over every attack and every threat, in one table: a new member is covered the day it is added."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
+
+from jaxadv import core, models
+from jaxadv.attacks import ATTACKS, pgd
+from jaxadv.threats import THREATS, union
+
+SHAPE, CLASSES, POOL = (8, 8, 1), 10, 48
+EPS = {"linf": 0.1, "l2": 0.8, "l1": 3.0, "l0": 5.0}
+BALLS = tuple(THREATS)
+ALL = (*BALLS, "union")
+TABLE = [(attack, threat) for attack in ATTACKS for threat in ALL]
+table = pytest.mark.parametrize(("attack", "threat"), TABLE, ids=[f"{a}-{t}" for a, t in TABLE])
+
+
+def build(name, scale=1.0):
+    if name == "union":
+        return union(*(THREATS[name](jnp.asarray(EPS[name], jnp.float32) * scale) for name in ("linf", "l2")))
+    return THREATS[name](jnp.asarray(EPS.get(name, 0.5) * scale, jnp.float32))
+
+
+def wire(attack, threat, scale=1.0, **settings):
+    """An attack of the table, short; single-step members keep their one step."""
+    if attack not in ("fgsm", "r_fgsm"):
+        settings = {"steps": 4} | settings
+    return ATTACKS[attack](build(threat, scale), **settings)
+
+
+@jax.jit
+def run(attack, key, model, x, y, index):
+    return attack.run(key, model, x, y, index=index)
+
+
+def dense(params, x):
+    return jax.nn.tanh(x.reshape(x.shape[0], -1) @ params["w"]) @ params["v"] + params["b"][None]
+
+
+def dense_model(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]) * 2, jnp.float32)
+
+    return Partial(dense, {"w": draw(64, 24), "v": draw(24, CLASSES), "b": draw(CLASSES)})
+
+
+def poisoned(params, x):
+    """NaN logits and gradients where the first pixel is above `hot`; elsewhere the inner model."""
+    model, hot = params
+    sick = jnp.max(x.reshape(x.shape[0], -1)[:, :1], axis=1) > hot
+    return 20 * model(x) * jnp.where(sick, jnp.nan, 1.0)[:, None]
+
+
+@functools.cache
+def conv_model(seed=3):
+    """One structure for all laws of the table, so that each (attack, threat) is compiled once."""
+    net = models.create("cnn_small", jax.random.key(seed), shape=SHAPE, classes=CLASSES)
+    return Partial(poisoned, (models.model(net), jnp.float32(0.999)))
+
+
+@functools.cache
+def data(kind=poisoned):
+    rng = np.random.default_rng(1)
+    x = rng.uniform(0.05, 0.95, (POOL, *SHAPE)).astype(np.float32)
+    y = np.array(jnp.argmax((dense_model() if kind is dense else conv_model())(x), -1), np.int32)
+    y[::5] = (y[::5] + 1) % CLASSES  # some rows start broken
+    return x, y
+
+
+def batch(index, kind=dense):
+    x, y = data(kind)
+    return jnp.asarray(x[index]), jnp.asarray(y[index]), jnp.asarray(index, jnp.int32)
+
+
+def answer(attack, model, index, seed=0):
+    x, y, i = batch(np.asarray(index), model.func)
+    return jax.device_get(run(attack, jax.random.key(seed), model, x, y, i))
+
+
+@table
+def test_feasible_in_float64_verified_and_never_worse_than_clean(attack, threat):
+    a, model, index = wire(attack, threat), conv_model(), np.arange(16)
+    x, y = (v[index] for v in data())
+    found = answer(a, model, index)
+    assert core.feasible(build(threat), found.x, x).all()
+    assert build(threat).contains(found.x, x).all()
+    clean = jax.device_get(model(jnp.asarray(x)))
+    held = clean.argmax(-1) == y
+    broken = np.asarray(model(jnp.asarray(found.x))).argmax(-1) != y
+    np.testing.assert_array_equal(found.success, broken)
+    assert not np.any(~held & ~found.success)
+    score = clean[np.arange(16), y] - np.where(np.arange(CLASSES) == y[:, None], -np.inf, clean).max(-1)
+    assert (found.score <= score + 1e-5)[found.success == ~held].all()
+    assert (found.score < score - 1e-4).mean() > 0.8  # it searches at all
+    np.testing.assert_allclose(found.size, build(threat).size(found.x, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.queries, a.max_steps + 3)
+    np.testing.assert_array_equal(found.grads, a.max_steps)
+    assert not any(flag.any() for flag in found.flags.values())
+
+
+def check_rows_live_alone(attack, threat, size):
+    a, model = wire(attack, threat), conv_model()
+    x, y = data()
+    rng = np.random.default_rng(5)
+    want = None
+    for trial in range(4):
+        index = np.concatenate([np.arange(8), rng.permutation(np.arange(8, POOL))[: size - 8]])
+        place = rng.permutation(size) if trial else np.arange(size)
+        rows, labels = x[index].copy(), y[index].copy()
+        if trial == 2:  # padding: rows of zeros with index -1
+            rows[8:12], labels[8:12], index[8:12] = 0, 0, -1
+        if trial == 3:  # companions that break the model
+            rows[8:16, 0, 0, 0] = 1.0
+        inputs = (jnp.asarray(rows[place]), jnp.asarray(labels[place]), jnp.asarray(index[place], jnp.int32))
+        found = jax.device_get(run(a, jax.random.key(0), model, *inputs))
+        home = np.argsort(place)
+        back = jax.tree.map(lambda leaf, at=home[:8]: leaf[at], found)
+        want = back if want is None else want
+        for got, ref in zip(jax.tree.leaves(back), jax.tree.leaves(want), strict=True):
+            assert got.tobytes() == ref.tobytes()
+        if trial == 3:
+            flagged = found.flags["nonfinite"][home]
+            assert flagged[8:16].all() and not flagged[:8].any()
+
+
+@table
+def test_rows_live_alone_to_the_bit(attack, threat):
+    """Same index and shape of batch: the same bits in any place, beside any companions, NaN-producing ones too."""
+    check_rows_live_alone(attack, threat, 16)
+
+
+@pytest.mark.parametrize("threat", ALL)
+def test_rows_live_alone_in_a_batch_of_odd_size(threat):
+    check_rows_live_alone("pgd", threat, 33)
+
+
+@pytest.mark.slow
+@table
+def test_rows_live_alone_in_a_batch_of_odd_size_for_every_attack(attack, threat):
+    check_rows_live_alone(attack, threat, 33)
+
+
+@table
+def test_the_same_key_gives_the_same_result(attack, threat):
+    a, index = wire(attack, threat), np.arange(16)
+    one, two, other = (answer(a, conv_model(), index, seed) for seed in (0, 0, 1))
+    for got, ref in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert got.tobytes() == ref.tobytes()
+    if getattr(a, "start", "random") == "zero":
+        np.testing.assert_array_equal(one.x, other.x)
+    else:
+        assert (one.x != other.x).any()
+
+
+@table
+def test_a_traced_zero_budget_is_the_identity(attack, threat):
+    index = np.arange(16)
+
+    def none(path, leaf):
+        return leaf * 0 if path[-1] == jax.tree_util.GetAttrKey("eps") else leaf
+
+    a = jax.tree_util.tree_map_with_path(none, wire(attack, threat))  # only known budgets must be positive
+    np.testing.assert_array_equal(answer(a, conv_model(), index).x, data()[0][index])
+
+
+@table
+def test_one_program_serves_new_weights_and_new_budgets(attack, threat):
+    settings = [(conv_model(), 1.0), (conv_model(4), 1.0), (conv_model(4), 0.2)]
+    seen, programs = [], []
+    for model, scale in settings:
+        seen.append(answer(wire(attack, threat, scale), model, np.arange(16)).x)
+        programs.append(run._cache_size())
+    assert programs[0] == programs[1] == programs[2]
+    assert (seen[0] != seen[1]).any() and (seen[1] != seen[2]).any()
+
+
+@table
+def test_a_constant_model_gives_flags_not_nan(attack, threat):
+    net, hot = conv_model().args[0]
+    model = Partial(poisoned, (jax.tree.map(jnp.zeros_like, net), hot))
+    found = answer(wire(attack, threat), model, np.arange(16))
+    assert found.flags["zero_gradient"].all() and not found.flags["nonfinite"].any()
+    assert np.isfinite(found.x).all() and np.isfinite(found.score).all()
+    assert core.feasible(build(threat), found.x, data()[0][:16]).all()
+
+
+@table
+def test_every_leaf_of_the_state_and_of_the_result_has_the_batch_first(attack, threat):
+    a, model = wire(attack, threat), dense_model()
+    x, y, index = batch(np.arange(5))
+    keys = core.example_keys(jax.random.key(0), a.name, index)
+    state = jax.eval_shape(a.init, keys, model, x, y)
+    after = jax.eval_shape(a.step, state, model, x, y)
+    result = jax.eval_shape(a.result, after, model, x, y)
+    assert all(leaf.shape[:1] == (5,) for leaf in jax.tree.leaves((state, after, result)))
+    kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(s)] for s in (state, after)]
+    assert kinds[0] == kinds[1] and jax.tree.structure(state) == jax.tree.structure(after)
+    assert jax.eval_shape(a.done, state).shape == (5,)
+
+
+@table
+def test_bfloat16_inputs_are_accepted(attack, threat):
+    x, y, index = batch(np.arange(16))
+    found = jax.eval_shape(wire(attack, threat).run, jax.random.key(0), dense_model(), x.astype(jnp.bfloat16), y)
+    assert found.x.dtype == jnp.bfloat16
+    if (attack, threat) == ("pgd", "linf"):
+        found = run(wire(attack, threat), jax.random.key(0), dense_model(), x.astype(jnp.bfloat16), y, index)
+        assert np.isfinite(np.asarray(found.x, np.float32)).all()
+
+
+def same(got, want, tolerance=1e-4):
+    """Equal up to rounding: a rounding may flip the sign of a gradient near zero, so decisions and scores decide."""
+    np.testing.assert_array_equal(got.success, want.success)
+    np.testing.assert_allclose(got.score, want.score, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("threat", ALL)
+@pytest.mark.parametrize("attack", ["pgd", "mi_fgsm"])
+def test_jit_is_no_jit(attack, threat):
+    x, y, index = batch(np.arange(16))
+    a = wire(attack, threat)
+    same(a.run(jax.random.key(0), dense_model(), x, y, index=index), answer(a, dense_model(), np.arange(16)))
+
+
+@pytest.mark.parametrize("threat", ALL)
+@pytest.mark.parametrize("attack", ["pgd", "mi_fgsm"])
+def test_vmap_over_radii_is_a_loop(attack, threat):
+    x, y, index = batch(np.arange(16))
+    scales = (0.3, 1.0)
+    many = jax.jit(
+        jax.vmap(lambda a: a.run(jax.random.key(0), dense_model(), x, y, index=index), in_axes=0),
+    )
+    stacked = jax.tree.map(
+        lambda *v: jnp.stack([jnp.asarray(i) for i in v]), *[wire(attack, threat, s) for s in scales]
+    )
+    swept = jax.device_get(many(stacked))
+    for i, scale in enumerate(scales):
+        same(
+            jax.tree.map(lambda leaf, i=i: leaf[i], swept),
+            answer(wire(attack, threat, scale), dense_model(), range(16)),
+        )
+
+
+@pytest.mark.parametrize("threat", ALL)
+@pytest.mark.parametrize("attack", ["pgd", "mi_fgsm"])
+def test_other_batch_shapes_and_shards_change_rounding_only(attack, threat):
+    a, model, index = wire(attack, threat), dense_model(), np.arange(16)
+    whole = answer(a, model, index)
+    parts = [answer(a, model, index[i : i + 5]) for i in (0, 5)]
+    same(jax.tree.map(lambda *v: np.concatenate(v), *parts), jax.tree.map(lambda leaf: leaf[:10], whole))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, y, i = batch(index)
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda x, y, i: a.run(jax.random.key(0), model, x, y, index=i),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P("data"),
+        )
+    )
+    same(jax.device_get(sharded(x, y, i)), whole)
+
+
+@pytest.mark.parametrize(("attack", "threat"), [("pgd", "linf"), ("pgd", "l1"), ("mi_fgsm", "l2"), ("r_fgsm", "union")])
+def test_in_float64_other_batch_shapes_decide_the_same(attack, threat):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda p: np.asarray(p, np.float64), dense_model().args[0])
+        model = Partial(dense, jax.tree.map(jnp.asarray, params))
+        x, y, i = (
+            jnp.asarray(np.asarray(v, d)) for v, d in zip(batch(np.arange(12)), (np.float64, np.int32, np.int32))
+        )
+        a = ATTACKS[attack](build(threat))
+        go = jax.jit(lambda x, y, i: a.run(jax.random.key(0), model, x, y, index=i))
+        whole, half = go(x, y, i), go(x[7:], y[7:], i[7:])
+        np.testing.assert_array_equal(half.success, whole.success[7:])
+        np.testing.assert_allclose(half.x, whole.x[7:], atol=1e-9)
+
+
+@pytest.mark.parametrize("threat", ["linf", "l1"])
+def test_served_from_slots_is_run(threat):
+    a, model = pgd(build(threat), steps=4, early=True), dense_model()
+    x, y, index = batch(np.arange(11))
+    want = answer(a, model, np.arange(11))
+    for slots in (3, 5):
+        order = np.random.default_rng(slots).permutation(11)
+        straight = core.serve(a, jax.random.key(0), model, x, y, slots=slots, index=index)
+        same(straight, want)
+        np.testing.assert_array_equal(straight.queries, want.queries)
+        mixed = core.serve(a, jax.random.key(0), model, x[order], y[order], slots=slots, index=index[order])
+        back = jax.tree.map(lambda leaf, o=order: np.asarray(leaf)[np.argsort(o)], mixed)
+        for got, ref in zip(jax.tree.leaves(back), jax.tree.leaves(straight), strict=True):
+            assert got.tobytes() == np.asarray(ref).tobytes()
+    assert len(set(np.asarray(want.queries).tolist())) > 1  # rows finish at different times, so slots are refilled
