@@ -317,3 +317,16 @@ def test_names_types_and_refusals():
         union(linf(0.1), l2(0.1, (0.0, 2.0)))
     with pytest.raises(ValueError, match=r"each of the 4 examples; got shape \(3,\).*vmap"):
         project(linf(np.float32([0.1, 0.2, 0.3])), *draw(0, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["linf", "l2", "l1", "l2_exact"])
+def test_rounding_never_leaves_the_box(kind):
+    """`x + (high - x)` may lie one rounding above `high`; a point that far out is not allowed."""
+    rng = np.random.default_rng(0)
+    low, high = np.float32(-0.3), np.float32(0.7)
+    x = rng.uniform(low, high, (400, 20)).astype(np.float32)
+    point = (x + rng.choice([-3, 3], x.shape)).astype(np.float32)
+    assert (x + (high - x) > high).any() or (x + (low - x) < low).any()
+    got = np.asarray(project(build(kind, 50.0, (low, high)), point, x))
+    np.testing.assert_array_equal((got >= low) & (got <= high), True)
+    assert core.feasible(build(kind, 50.0, (low, high)), got, x).all()
