@@ -7,10 +7,12 @@ in a function (that is `core.loop.canonical`). The forms:
 | --- | --- | --- |
 | `layout` | transposes to (N, spatial, C) x (spatial, I, O) and back | to the bit |
 | `phases` | computes stride and input dilation as channels, without inserted zeros | to rounding |
+| `product` | the same with one matrix product and shifted slices around it | to rounding |
 
 `phases` turns a convolution of stride s into one of stride 1 over s x s blocks read as channels (space to depth), and
 an input-dilated one (the input gradient of a strided convolution) into one that computes its s x s output phases as
-channels.
+channels. `product` puts shifted slices of those blocks side by side and multiplies once; an input-dilated convolution
+is multiplied first, and the contributions to overlapping windows are added up.
 
 `choose` picks the form from the shapes alone, so a program is the same in every process and a resumed run repeats its
 bits. The rule was found by measuring (`benchmarks/speed/convolutions.py`).
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-FORMS = ("layout", "phases")
+FORMS = ("layout", "phases", "product")
 
 
 def canonical_convolution(lhs, rhs, params: dict[str, Any], form: str | None = None):
@@ -52,7 +54,7 @@ def canonical_convolution(lhs, rhs, params: dict[str, Any], form: str | None = N
     if form == "layout" or not plain:
         z = _layout(x, w, params)
     else:
-        z = _phases(x, w, params)
+        z = _phases(x, w, params, product=form == "product")
     order = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
     back = [order.index(d) for d in range(spatial + 2)]
     return jnp.transpose(z, back)
@@ -70,9 +72,14 @@ def choose(x_shape: Sequence[int], w_shape: Sequence[int], params: dict[str, Any
       The name of the form.
     """
     _, height, width, channels = x_shape
-    if max(params["lhs_dilation"]) > 1:
-        return "phases" if height * width >= channels and w_shape[-1] >= 4 else "layout"
-    return "phases" if max(params["window_strides"]) > 1 and channels <= 4 else "layout"
+    kernel, outputs = w_shape[:2], w_shape[-1]
+    dilation = params["lhs_dilation"]
+    if max(dilation) > 1:
+        whole = all(k % d == 0 for k, d in zip(kernel, dilation))
+        if whole and outputs * kernel[0] * kernel[1] <= 256:
+            return "product"
+        return "phases" if height * width >= channels and outputs >= 4 else "layout"
+    return "product" if max(params["window_strides"]) > 1 and channels <= 4 else "layout"
 
 
 def _layout(x, w, params):
@@ -100,7 +107,7 @@ def _layout(x, w, params):
     )
 
 
-def _phases(x: Float[Array, "b h w c"], w, params):
+def _phases(x: Float[Array, "b h w c"], w, params, *, product: bool):
     """Stride or input dilation as channels: a stride-one convolution without inserted zeros."""
     dilation, stride, padding = params["lhs_dilation"], params["window_strides"], params["padding"]
     sizes = [(n - 1) * d + 1 + lo + hi - k for n, d, (lo, hi), k in zip(x.shape[1:3], dilation, padding, w.shape[:2])]
@@ -108,11 +115,12 @@ def _phases(x: Float[Array, "b h w c"], w, params):
     if max(dilation) > 1:
         if max(stride) > 1:
             return _layout(x, w, params)
-        return _dilated(x, w, dilation, [lo for lo, _ in padding], out, params["precision"])
-    return _strided(x, w, stride, [lo for lo, _ in padding], out, params["precision"])
+        dilated = _scattered if product else _dilated
+        return dilated(x, w, dilation, [lo for lo, _ in padding], out, params["precision"])
+    return _strided(x, w, stride, [lo for lo, _ in padding], out, params["precision"], product)
 
 
-def _strided(x, w, stride, low, out, precision):
+def _strided(x, w, stride, low, out, precision, product):
     """y[o] = sum_t w[t] x[o s + t - low]: taps t = s u + r become window u over channel block r."""
     windows = []
     for axis, (s, lo, o) in enumerate(zip(stride, low, out)):
@@ -124,7 +132,30 @@ def _strided(x, w, stride, low, out, precision):
     x = x.reshape(b, h // sh, sh, v // sw, sw, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // sh, v // sw, sh * sw * c)
     w = w.reshape(windows[0], sh, windows[1], sw, c, -1).transpose(0, 2, 1, 3, 4, 5)
     w = w.reshape(*windows, sh * sw * c, -1)
-    return _valid(x, w, precision)
+    if not product:
+        return _valid(x, w, precision)
+    height, width = out
+    taps = [x[:, i : i + height, j : j + width] for i in range(windows[0]) for j in range(windows[1])]
+    side = jnp.concatenate(taps, axis=-1) if len(taps) > 1 else taps[0]
+    return _matmul(side, w.reshape(-1, w.shape[-1]), precision)
+
+
+def _scattered(x, w, dilation, low, out, precision):
+    """y[s j + t - first] += x[j] w[K - 1 - t]: every input pixel adds a window of K outputs; windows overlap."""
+    (sh, sw), (b, h, v, c), o = dilation, x.shape, w.shape[-1]
+    blocks = [-(-k // s) for k, s in zip(w.shape[:2], dilation)]  # a window is so many steps of s
+    for axis, (n, s) in enumerate(zip(blocks, dilation)):
+        w = _fit(w, axis, 0, n * s)
+    w = w[::-1, ::-1].transpose(2, 0, 1, 3).reshape(c, -1)
+    z = _matmul(x, w, precision).reshape(b, h, v, blocks[0], sh, blocks[1], sw, o)
+    height, width = h + blocks[0] - 1, v + blocks[1] - 1
+    parts = [
+        _fit(_fit(z[:, :, :, i, :, j], 1, i, height), 2, j, width) for i in range(blocks[0]) for j in range(blocks[1])
+    ]
+    y = sum(parts[1:], start=parts[0]).transpose(0, 1, 3, 2, 4, 5).reshape(b, height * sh, width * sw, o)
+    for axis, (n, s, lo, size) in enumerate(zip(blocks, dilation, low, out)):
+        y = _fit(y, axis + 1, lo + 1 - n * s, size)
+    return y
 
 
 def _dilated(x, w, dilation, low, out, precision):
@@ -159,3 +190,8 @@ def _valid(x, w, precision):
     return lax.conv_general_dilated(
         x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
     )
+
+
+def _matmul(x, w, precision):
+    """[b, h, w, c] x [c, o], without merging the batch with anything."""
+    return lax.dot_general(x, w, (((3,), (0,)), ((), ())), precision=precision)
