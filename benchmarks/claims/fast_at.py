@@ -25,7 +25,7 @@ CLAIM = {
     "settings": {
         "data": "mnist",
         "eps": 0.3,
-        "train": 10_000,
+        "train": 5_000,
         "pgd_steps": 10,
         "test": 10_000,
         "test_side_by_side": 1_000,

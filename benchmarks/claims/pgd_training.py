@@ -25,11 +25,11 @@ CLAIM = {
     "settings": {
         "data": "mnist",
         "eps": 0.3,
-        "train": 10_000,
-        "pgd_steps": 20,
+        "train": 5_000,
+        "pgd_steps": 10,
         "test": 1_000,
         "judge_steps": 50,
-        "judge_restarts": 5,
+        "judge_restarts": 3,
         "widths": ((2, 4, 12), (4, 8, 25), (16, 32, 100)),
     },
     "smoke": {
