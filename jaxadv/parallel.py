@@ -220,7 +220,7 @@ def distributed(spec: str) -> bool:
 
 def _rows(batch: PyTree) -> int:
     """How many rows a batch has, or a refusal if its leaves disagree."""
-    sizes = {leaf.shape[0] if getattr(leaf, "ndim", 0) else None for leaf in jax.tree.leaves(batch)}
+    sizes: set[Any] = {leaf.shape[0] if getattr(leaf, "ndim", 0) else None for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or None in sizes:
         shapes = [tuple(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(batch)]
         raise ValueError(
@@ -530,7 +530,7 @@ def _executor(run: Callable, mesh: Mesh | None, place: Callable, count: int, don
     ours: list[weakref.ref] = []  # the leaves returned by the last call
 
     def owned(state):
-        mine, seen = {id(leaf) for ref in ours if (leaf := ref()) is not None}, set()
+        mine, seen = {id(known) for ref in ours if (known := ref()) is not None}, set()
 
         def leaf(a):
             keep = id(a) in mine and id(a) not in seen

@@ -21,7 +21,7 @@ from jaxadv.cli import configs, files, sources
 from jaxadv.cli.errors import FLAGGED, OK, UsageError
 from jaxadv.cli.parsing import fraction
 from jaxadv.cli.progress import Progress, note, say, table
-from jaxadv.core import Targets, check
+from jaxadv.core import Targets, atomic_write, check
 from jaxadv.evaluate.engine import evaluate as measure
 from jaxadv.threats import THREATS
 
@@ -404,7 +404,7 @@ def run_report(config: configs.Report) -> int:
         raise UsageError(f"--out must end in .html or .md; got {config.out}. E.g. --out page.html")
     files.writable(config.out.parent)
     text = kinds[config.out.suffix](_merged(loaded, config.reports))
-    files.atomic(config.out, lambda file: file.write(text.encode()))
+    atomic_write(config.out, lambda file: file.write(text.encode()))
     say(f"Page: {config.out}")
     return OK
 

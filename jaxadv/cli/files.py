@@ -1,15 +1,14 @@
 """Files of the command line: whole or absent, and refused before the work instead of after it.
 
-What lives here: the check that a folder can be written, atomic writes, the record of a run (`config.json`). What
+What lives here: the check that a folder can be written, the record of a run (`config.json`). What
 does not: reports and checkpoints, which their own rooms write.
 """
 
 import json
-import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from jaxadv.cli.configs import Common
 from jaxadv.cli.errors import UsageError
 from jaxadv.cli.parsing import plain
+from jaxadv.core import atomic_write
 
 RUN_SCHEMA = "jaxadv.run/1"
 """Name and version of a run's config.json."""
@@ -69,29 +69,6 @@ def npz_path(path: Path | None, option: str = "--save-adv") -> Path | None:
     return path
 
 
-def atomic(path: Path, fill: Callable[[Any], Any]) -> None:
-    """Write a file beside its place and rename it there, so that nobody sees half a file.
-
-    Args:
-      path: the file.
-      fill: writes into the open binary file.
-
-    Raises:
-      OSError: if that fails; an older file is then intact and nothing is left over.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an npz file atomically.
 
@@ -99,7 +76,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
       path: the file.
       arrays: name to array.
     """
-    atomic(path, lambda file: np.savez_compressed(file, **dict[str, Any](arrays)))
+    atomic_write(path, lambda file: np.savez_compressed(file, **dict[str, Any](arrays)))
 
 
 def revision() -> str | None:
@@ -157,4 +134,4 @@ def write_run(folder: Path, command: str, config: Common, **more: Any) -> None:
         "git": revision(),
     } | more
     text = json.dumps(tree, indent=2) + "\n"
-    atomic(folder / "config.json", lambda file: file.write(text.encode()))
+    atomic_write(folder / "config.json", lambda file: file.write(text.encode()))

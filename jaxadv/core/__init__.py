@@ -8,6 +8,7 @@ from jaxadv.core.feasible import is_labels as is_labels
 from jaxadv.core.feasible import label_of as label_of
 from jaxadv.core.feasible import robust as robust
 from jaxadv.core.feasible import tolerance as tolerance
+from jaxadv.core.files import atomic_write as atomic_write
 from jaxadv.core.keys import example_keys as example_keys
 from jaxadv.core.keys import step_keys as step_keys
 from jaxadv.core.loop import canonical as canonical

@@ -18,13 +18,13 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxadv.core import atomic_write
 from jaxadv.evaluate.flags import Flag
 
 SCHEMA = "jaxadv.report/1"
@@ -160,30 +160,15 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         text = {"report.json": self.to_json(), "report.html": html.render(self), "report.md": markdown.render(self)}
         for name, content in text.items():
-            _write(folder / name, lambda file, content=content: file.write(content.encode()))
+            atomic_write(folder / name, lambda file, content=content: file.write(content.encode()))
         if self.x is not None:
             arrays = {f"adversarial_{i}": m.x_adv for i, m in enumerate(self.models) if m.x_adv is not None}
             columns = self.models[0].examples
             arrays |= {"x": self.x, "y": np.asarray(columns["label"]), "index": np.asarray(columns["index"])}
-            _write(folder / _FILES[3], lambda file: np.savez(file, allow_pickle=False, **arrays))
+            atomic_write(folder / _FILES[3], lambda file: np.savez(file, allow_pickle=False, **arrays))
         else:
             (folder / _FILES[3]).unlink(missing_ok=True)
         return folder
-
-
-def _write(path: Path, fill: Callable) -> None:
-    """Fill a temporary file in the same folder and rename it into place."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def dumps(tree: Any) -> str:

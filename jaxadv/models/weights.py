@@ -10,7 +10,6 @@ schema and the spec as JSON. Every key, shape and dtype is compared with the net
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv.core import Trainable
+from jaxadv.core import Trainable, atomic_write
 from jaxadv.models.adapt import flatten, unflatten
 from jaxadv.models.create import NETS, from_spec, make_spec
 
@@ -84,16 +83,7 @@ def save(path: str | os.PathLike, trainable: Trainable, spec: Mapping[str, Any])
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder of {path} must exist; got none. Create it first.")
     content = to_bytes(arrays, metadata={"schema": SCHEMA, "spec": json.dumps(spec, sort_keys=True)})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    atomic_write(path, lambda file: file.write(content))
 
 
 def load(path: str | os.PathLike) -> tuple[Trainable, dict[str, Any]]:

@@ -8,6 +8,9 @@ The loop never waits for the device except where it reports, judges or saves. Ev
 is in the checkpoint, so a run that was killed and resumed gives the bits of one that was not.
 """
 
+# A part that was not asked for is None, and nothing is asked of it.
+# pyright: reportOptionalMemberAccess=false
+
 import contextlib
 import dataclasses
 import json
@@ -27,7 +30,7 @@ import optax
 
 from jaxadv import data as data_room
 from jaxadv import parallel
-from jaxadv.core import Attack, Objective, Trainable, check
+from jaxadv.core import Attack, Objective, Trainable, atomic_write, check
 from jaxadv.train import record
 from jaxadv.train.checkpoint import CheckpointError, Checkpoints
 from jaxadv.train.trainer import Judged, TrainState, co_detector, copy, grad_fn, init, make_judge, make_step, purpose
@@ -323,6 +326,11 @@ class _Loop:
             self.checkpoints.close()
             raise
 
+    @staticmethod
+    def _describe(path: Path, config: dict[str, Any]) -> None:
+        text = json.dumps({"schema": 1, "config": config}, indent=1)
+        atomic_write(path, lambda file: file.write(text.encode()))
+
     def _take_up(self, folder: Path, config: dict[str, Any], resume: bool | int) -> int:
         store = self.checkpoints
         known, described = store.steps(), folder / "run.json"
@@ -333,7 +341,7 @@ class _Loop:
                     "Pass resume=True to go on with it, or choose another folder."
                 )
             if jax.process_index() == 0:
-                record.write_text(described, json.dumps({"schema": 1, "config": config}, indent=1))
+                self._describe(described, config)
             self._open_metrics(folder, 0)
             return 0
         if described.exists():
@@ -346,7 +354,7 @@ class _Loop:
                     + "\nRestore them, or begin anew in another folder."
                 )
         elif jax.process_index() == 0:
-            record.write_text(described, json.dumps({"schema": 1, "config": config}, indent=1))
+            self._describe(described, config)
         step = 0
         if resume is not True or known:
             step = known[-1] if resume is True else resume
@@ -410,7 +418,8 @@ class _Loop:
                 if self.stop_asked:
                     self._save(done)
                     self.checkpoints.wait()
-                    raise Interrupted(done, given.checkpoint)
+                    folder: Any = given.checkpoint
+                    raise Interrupted(done, folder)
 
     def _after(self, done: int) -> None:
         """Report, judge and save where it is time to."""
@@ -467,7 +476,8 @@ class _Loop:
 
     def _validate(self, done: int) -> bool:
         """Judge the weights; tells whether they are the best so far (the first of equals is)."""
-        found = self._judge(self.settings.attack, self.validation, average=True)
+        attack: Any = self.settings.attack
+        found = self._judge(attack, self.validation, average=True)
         best = self.facts.best
         improved = best is None or found["robust"] > best["robust"]
         if improved:

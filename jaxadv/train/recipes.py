@@ -71,7 +71,7 @@ def _sizer(epochs: float) -> Callable[[int], int]:
 
 
 def _linf(eps: float | None, default: float, data: Any) -> Threat:
-    return threats.linf(default if eps is None else eps, tuple(float(b) for b in data.bounds))
+    return threats.linf(default if eps is None else eps, (float(data.bounds[0]), float(data.bounds[1])))
 
 
 def _judge(threat: Threat, steps: int = 20) -> Any:

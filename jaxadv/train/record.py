@@ -17,28 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxadv.core import atomic_write
+
 _DEPTH = 16
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Args:
-      path: where.
-      text: what.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 class Metrics:
@@ -54,7 +38,8 @@ class Metrics:
         if path is None:
             return
         if path.exists():
-            write_text(path, "".join(f"{line}\n" for line, known in _lines(path) if known["step"] <= step))
+            kept = "".join(f"{line}\n" for line, known in _lines(path) if known["step"] <= step)
+            atomic_write(path, lambda file: file.write(kept.encode()))
         self._file = open(path, "a", encoding="utf-8")  # closed by close()
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -146,7 +131,7 @@ def _describe(value: Any, path: str, table: dict[str, Any], above: tuple[int, ..
 def _parts(value: Any) -> tuple[Any, dict[Any, Any]]:
     """A name for a value, and the named parts that it consists of."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
         array = np.asarray(value)
         if array.ndim == 0:
@@ -157,8 +142,8 @@ def _parts(value: Any) -> tuple[Any, dict[Any, Any]]:
         return kind, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return kind, dict(sorted(value.items(), key=lambda item: str(item[0])))
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind, value._asdict()
+    if isinstance(value, tuple) and (names := getattr(value, "_fields", None)):
+        return kind, dict(zip(names, value))
     if isinstance(value, (tuple, list)):
         return kind, dict(enumerate(value))
     if isinstance(value, functools.partial):

@@ -1,7 +1,6 @@
 import copy
 import dataclasses
 import json
-import os
 
 import numpy as np
 import pytest
@@ -103,19 +102,6 @@ def test_without_examples_no_stale_ones_stay(pictures, tmp_path):
     bare = dataclasses.replace(pictures, x=None, models=[dataclasses.replace(m, x_adv=None) for m in pictures.models])
     bare.save(tmp_path)
     assert not (tmp_path / "adversarial.npz").exists() and evaluate.load(tmp_path).x is None
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    target = tmp_path / "report.json"
-    target.write_text("old")
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        report._write(target, fail)
-    assert target.read_text() == "old" and os.listdir(tmp_path) == ["report.json"]
 
 
 def test_merge_keeps_order_and_refuses_what_does_not_belong_together(pictures):

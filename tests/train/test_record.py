@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from jaxadv import attacks, threats, train
 from jaxadv.train import record, schedules
@@ -28,15 +27,6 @@ def test_lines_of_later_steps_are_dropped_and_a_cut_line_is_forgotten(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[0] == {"step": 1, "loss": 0.5, "bad": None, "n": 3} and lines[-1] == {"step": 4, "loss": 1}
     record.Metrics(None).write({"step": 1})  # no file: nothing happens
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "f"
-    record.write_text(path, "old")
-    monkeypatch.setattr(record.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        record.write_text(path, "new")
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 def test_equal_settings_have_equal_descriptions_and_no_addresses():
