@@ -457,7 +457,13 @@ class _Loop:
         self._write({"step": done, "event": "train", **means, "seconds": seconds})
 
     def _write(self, line: dict[str, Any]) -> None:
-        self.metrics.write(line)
+        try:
+            self.metrics.write(line)
+        except OSError as error:
+            raise CheckpointError(
+                f"writing metrics.jsonl in {self.settings.checkpoint} failed: {error}. Is the disk full, over quota, or "
+                "read-only? Checkpoints already committed are intact: free some space and resume."
+            ) from error
         try:
             for callback in self.settings.callbacks:
                 callback(line["step"], self.state, line)

@@ -252,9 +252,23 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_is_intact(kit, k
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(tmp_path / "a") in str(caught.value)
+    del caught  # it holds orbax's unfinished writers
     gc.collect()
     resumed = train.fit(key, **given, resume=True)
     assert kit.same_bits(resumed, train.fit(key, **(given | {"checkpoint": tmp_path / "b"})))
+
+
+def test_metrics_that_cannot_be_written_are_a_clear_error_too(kit, key, tmp_path, monkeypatch):
+    def full(self, line):
+        if line["step"] == 9:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.record.Metrics, "write", full)
+        with pytest.raises(train.CheckpointError, match="metrics.jsonl in .*No space left.*free some space and resume"):
+            train.fit(key, **arguments(kit, tmp_path / "a"))
+    resumed = train.fit(key, **arguments(kit, tmp_path / "a", resume=True))
+    assert kit.same_bits(resumed, train.fit(key, **arguments(kit, tmp_path / "b")))
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(kit, key, tmp_path):
