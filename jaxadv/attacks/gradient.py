@@ -101,8 +101,11 @@ class GradientAttack(Attack):
         size = self.step_size if self.schedule is None else self.step_size * jax.vmap(self.schedule)(state.step)
         size = jnp.broadcast_to(jnp.asarray(size, x.dtype), x.shape[:1])
         move = size.reshape((-1,) + (1,) * (x.ndim - 1)) * rise
+        point = self.threat.project(state.point + move, x)
+        if self.early:
+            point = select(state.broken, state.point, point)
         return state._replace(
-            point=self.threat.project(state.point + move, x),
+            point=point,
             opt=opt,
             step=state.step + 1,
             nonfinite=state.nonfinite | ~finite,
@@ -148,7 +151,7 @@ class GradientAttack(Attack):
             return dataclasses.replace(free, bounds=(-jnp.inf, jnp.inf)).sample(keys, x)
         draw = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
         half = jnp.broadcast_to(jnp.asarray(self.threat.eps, x.dtype) / 2, x.shape[:1])
-        return self.threat.project(x + half.reshape((-1,) + (1,) * (x.ndim - 1)) * jnp.sign(draw), x)
+        return self.threat.project(x + half.reshape((-1,) + (1,) * (x.ndim - 1)) * self.threat.steepest(draw), x)
 
     def _judge(self, logits, y):
         """Score, verdict and finiteness of each row; a score that is not finite ranks as minus infinity."""
@@ -163,6 +166,8 @@ class GradientAttack(Attack):
         if self.keep == "last":
             return state._replace(broken=broken)
         better = (broken & ~state.broken) | ((broken == state.broken) & (score < state.score))
+        if self.early:
+            better = better & ~state.broken  # what is broken stays as it was found, a wrong clean prediction too
         best, score = select(better, (state.point, score), (state.best, state.score))
         return state._replace(best=best, score=score, broken=state.broken | broken)
 
@@ -214,9 +219,9 @@ def pgd(
       loss: what to minimize, `(logits, y) -> [b]`; a module-level function, so that equal attacks share one compiled
         program.
       criterion: what the best point is chosen by; success never depends on it.
-      start: `"random"` (feasible), `"zero"`, `"sign"` (half a budget along random signs), or `"unclipped"`: random
-        within the budget but not within the bounds until the first step, only with `keep="last"`.
-      early: stop a row once it is broken.
+      start: `"random"` (feasible), `"zero"`, `"sign"` (half a budget along a steepest random direction), or
+        `"unclipped"`: random within the budget but not within the bounds until the first step, only with `keep="last"`.
+      early: stop a row once it is broken and return it as it was found; a wrong clean prediction comes back unchanged.
       keep: `"best"` point seen, the clean one included, or `"last"` point, as in training (spends no extra forward
         pass).
       transform: optax transformation of the gradient before the steepest direction, `vmap`-ped over rows; a
@@ -238,8 +243,11 @@ def pgd(
     check.whole("steps", steps)
     check.choice("start", start, STARTS)
     check.choice("keep", keep, ("best", "last"))
-    if start == "unclipped" and keep != "last":
-        raise ValueError("start='unclipped' leaves the bounds, so it must go with keep='last'; got keep='best'.")
+    if start == "unclipped" and (keep != "last" or not hasattr(threat, "p")):
+        raise ValueError(
+            "start='unclipped' leaves the bounds, so it must go with keep='last' and a norm ball; "
+            f"got keep={keep!r} and {threat.norm}. Use start='random'."
+        )
     if step_size is None:
         step_size = (
             2.5 * jnp.asarray(threat.eps, jnp.float32) / steps if not _number(threat.eps) else 2.5 * threat.eps / steps
@@ -289,6 +297,8 @@ def fgsm(
 
 def r_fgsm(threat: Threat, *, name: str = "r_fgsm", **settings: Any) -> GradientAttack:
     """Return R+FGSM: half the budget along random signs, then one gradient step with the other half.
+
+    In norms other than linf the signs become the steepest direction of the same random draw.
 
     Args:
       threat: the allowed set.

@@ -55,7 +55,7 @@ def run(attack: Attack, key, model, x, y, *, index=None, restart=0) -> Result:
       attack: any attack.
       key: a typed key.
       model: logits `[b, k]` from a batch.
-      x: `[b, ...]` float examples, inside the threat's bounds.
+      x: `[b, ...]` float examples, inside the threat's bounds; lower precision is raised to float32.
       y: int `[b]` labels, `Targets`, or what else the attack's loss takes.
       index: int `[b]` dataset indices, from which the random keys come; defaults to `arange(b)`.
       restart: number of the restart; each has randomness of its own.
@@ -69,6 +69,7 @@ def run(attack: Attack, key, model, x, y, *, index=None, restart=0) -> Result:
     """
     check.inputs(x, attack.threat.bounds)
     x = jnp.asarray(x)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # budgets and boxes are not representable in bfloat16
     index = jnp.arange(x.shape[0], dtype=jnp.int32) if index is None else jnp.asarray(index, jnp.int32)
     if index.shape != (x.shape[0],):
         raise ValueError(

@@ -19,6 +19,8 @@ from jaxadv.core import check, edges, pytree, static, tolerance
 from jaxadv.core.types import Threat
 
 _BISECTIONS = 40
+_INWARD = 1 - 2.0**-21
+"""What is moved onto a sphere stops a few roundings short of it, so that it is feasible in float64, too."""
 _NAMES = {math.inf: "linf", 2.0: "l2", 1.0: "l1", 0.0: "l0"}
 
 
@@ -141,13 +143,13 @@ class Ball(Threat):
         move = jnp.clip(point, low, high) - x
         if not self.exact:
             length = _l2(move)
-            return move * jnp.where(length > eps, eps / jnp.where(length > 0, length, 1), 1)
+            return move * jnp.where(length > eps, _INWARD * eps / jnp.where(length > 0, length, 1), 1)
         want = point - x
 
         def clipped(s):
             return jnp.clip(x + s * want, low, high) - x
 
-        return clipped(_bisect(lambda s: _l2(clipped(s)) <= eps, jnp.zeros_like(eps), jnp.ones_like(eps)))
+        return clipped(_share_within(lambda s: _l2(clipped(s)), eps))
 
     def _project_l1(self, point, x, eps, low, high):
         want = point - x
@@ -156,8 +158,7 @@ class Ball(Threat):
         def shrunk(s):  # s = 1 leaves all, s = 0 nothing: soft threshold by (1 - s) max|want|, capped by the box
             return jnp.clip(jnp.abs(want) - (1 - s) * _max(jnp.abs(want)), 0, room)
 
-        share = _bisect(lambda s: _sum(shrunk(s)) <= eps, jnp.zeros_like(eps), jnp.ones_like(eps))
-        return jnp.sign(want) * shrunk(share)
+        return jnp.sign(want) * shrunk(_share_within(lambda s: _sum(shrunk(s)), eps))
 
     def _project_l0(self, point, x, eps, low, high):
         inside = jnp.clip(point, low, high)
@@ -224,18 +225,20 @@ class Ball(Threat):
         return chosen / jnp.maximum(_sum(jnp.abs(chosen)), 1)
 
 
-def _bisect(fits: Callable, low, high):
-    """Return the largest share in [low, high] that fits, to float precision; `fits` holds at `low` and is monotone."""
-    low = jnp.where(fits(high), high, low)
-    high = jnp.maximum(low, high)  # starts from data too, as shard_map asks of a carry
+def _share_within(size: Callable, eps):
+    """Return 1 where `size(1)` is within `eps`, else the largest share whose size is just short of it, by bisection."""
+    whole = size(jnp.ones_like(eps)) <= eps
+    low = jnp.where(whole, jnp.ones_like(eps), jnp.zeros_like(eps))
+    high = jnp.maximum(low, jnp.where(whole, low, 1))  # starts from data too, as shard_map asks of a carry
 
     def half(_, ends):
         low, high = ends
         middle = (low + high) / 2
-        ok = fits(middle)
+        ok = size(middle) <= _INWARD * eps
         return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
 
-    return lax.fori_loop(0, _BISECTIONS, half, (low, high))[0]
+    share = lax.fori_loop(0, _BISECTIONS, half, (low, high))[0]
+    return jnp.where(whole, 1, share)
 
 
 @pytree

@@ -461,8 +461,8 @@ class _Loop:
             self.metrics.write(line)
         except OSError as error:
             raise CheckpointError(
-                f"writing metrics.jsonl in {self.settings.checkpoint} failed: {error}. Is the disk full, over quota, or "
-                "read-only? Checkpoints already committed are intact: free some space and resume."
+                f"writing metrics.jsonl in {self.settings.checkpoint} failed: {error}. Is the disk full, over quota "
+                "or read-only? Checkpoints already committed are intact: free some space and resume."
             ) from error
         try:
             for callback in self.settings.callbacks:

@@ -1,5 +1,6 @@
 """Laws of the norm balls: projection, sampling, steepest directions, against closed forms, scipy and enumeration."""
 
+import functools
 import itertools
 import math
 
@@ -330,3 +331,15 @@ def test_rounding_never_leaves_the_box(kind):
     got = np.asarray(project(build(kind, 50.0, (low, high)), point, x))
     np.testing.assert_array_equal((got >= low) & (got <= high), True)
     assert core.feasible(build(kind, 50.0, (low, high)), got, x).all()
+
+
+@pytest.mark.parametrize(("n", "eps", "bounds"), [(2, 2.0, (-2.1, 2.1)), (2, 1.0, (0.0, 1.0)), (5, 0.7, (0.0, 1.0))])
+@pytest.mark.parametrize("make", [linf, l2, functools.partial(l2, exact=True), l1])
+def test_many_projections_with_few_features_are_feasible_in_float64(make, n, eps, bounds):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(*bounds, (4000, n)).astype(np.float32)
+    point = (x + rng.normal(size=x.shape) * 3 * eps / np.sqrt(n)).astype(np.float32)
+    threat = make(eps, bounds)
+    found = np.asarray(jax.jit(threat.project)(point, x))
+    assert core.feasible(threat, found, x).all()
+    np.testing.assert_allclose(np.asarray(jax.jit(threat.project)(found, x)), found, atol=3e-7)
