@@ -152,7 +152,7 @@ def fast_mnist(
     seed: int = 0,
     eps=None,
     alpha: float | None = None,
-    epochs: float = 30,
+    epochs: float = 20,
     lr_max: float = 2e-3,
     net="cnn_small",
     validation=None,
@@ -162,9 +162,17 @@ def fast_mnist(
 
     As published: eps 0.3, alpha 0.375, a uniform start that is not cut to the bounds, batch 100, a learning rate that
     rises from 0 to its peak at two fifths and falls to 0, PyTorch's initialization. Ours: the peak is 2e-3 instead of
-    5e-3 and there are 30 epochs instead of 10: with the published pair, training collapsed within 10 epochs for two of
-    the three seeds tried here, with this pair for none; chosen on held-out training images. There is also a watch that
-    records a collapse. The weights returned are those of the last step.
+    5e-3 and there are 20 epochs instead of 10. There is also a watch that records a collapse; the weights returned are
+    those of the last step.
+
+    | peak, epochs | seeds | accuracy under PGD-50 with 10 restarts, eps 0.3 |
+    | --- | --- | --- |
+    | 5e-3, 10 (published) | 0, 1 | 31 %, 1 % of 5,000 held-out training images: collapsed |
+    | 2e-3, 20 (this recipe) | 0 | 89.0 % of the same |
+    | 2e-3, 30 | 0, 1, 2 | 44 %, 78 %, 0 % of the test images: collapsed |
+
+    So training with one step at this budget depends on luck here; watch the record, and use `pgd_mnist` where it
+    matters. The authors' stored weights reach 89.7 % of 1,000 test images under PGD-50.
 
     Args:
       data: training source.
