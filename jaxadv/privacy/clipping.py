@@ -10,6 +10,7 @@ error, the gradients of the examples with the same place on all devices, and the
 can do.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,8 @@ def clipped_grads(
         own = parallel.varying(params, axis_name)  # before grad: see the module's docstring
         losses, grads = jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0, 0))(own, batch, keys)
         norms = _norms(grads)
-        factor = jnp.where(norms > clip_norm, clip_norm / norms, 1.0)
+        kept = jnp.where(norms > 0, 1.0, 0.0)  # what is too small to have a norm contributes nothing
+        factor = jnp.where(norms > clip_norm, clip_norm / norms, kept)
         if rescale:
             factor = factor / clip_norm
         counts = jnp.isfinite(norms) if mask is None else jnp.isfinite(norms) & mask
@@ -113,6 +115,9 @@ def _wide(leaf: Array) -> Array:
 
 
 def _norms(grads: PyTree) -> Array:
-    """The l2 norm `[b]` of each row over all leaves, in float32."""
-    squares = [jnp.square(_wide(leaf)).sum(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(grads)]
-    return jnp.sqrt(sum(s.astype(jnp.float32) for s in squares))
+    """The l2 norm `[b]` of each row over all leaves, in float32; the squares of small gradients do not underflow."""
+    leaves = [_wide(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in jax.tree.leaves(grads)]
+    top = jnp.stack([jnp.abs(leaf).max(-1, initial=0).astype(jnp.float32) for leaf in leaves]).max(0)
+    unit = jnp.where((top > 0) & (top < 1), top, 1)
+    squares = [jnp.square(leaf / unit[:, None]).sum(-1).astype(jnp.float32) for leaf in leaves]
+    return unit * jnp.sqrt(sum(squares, start=jnp.zeros_like(unit)))

@@ -126,6 +126,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(cli, tiny, tmp_path, mon
     )
 
 
+@pytest.mark.slow
 def test_resume_with_other_arguments_is_refused_with_what_differs(cli, refused, tiny, tmp_path):
     run = tmp_path / "run"
     assert cli("train", *TINY, "--out", run).code == 0

@@ -68,6 +68,7 @@ def close(got, want):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_run_and_serve_are_the_loop_by_hand():
     attack, index = Walk(threat=linf(1.0), level=-0.5), jnp.asarray([4, 9, 2, 7, 0, 1])
     want = by_hand(attack, index)

@@ -210,10 +210,11 @@ def test_every_leaf_of_the_state_and_of_the_result_has_the_batch_first(attack, t
 def test_bfloat16_inputs_are_accepted(attack, threat):
     x, y, index = batch(np.arange(16))
     found = jax.eval_shape(wire(attack, threat).run, jax.random.key(0), dense_model(), x.astype(jnp.bfloat16), y)
-    assert found.x.dtype == jnp.bfloat16
+    assert found.x.dtype == jnp.float32  # raised: budgets and boxes are not representable in bfloat16
     if (attack, threat) == ("pgd", "linf"):
         found = run(wire(attack, threat), jax.random.key(0), dense_model(), x.astype(jnp.bfloat16), y, index)
-        assert np.isfinite(np.asarray(found.x, np.float32)).all()
+        given = np.asarray(x.astype(jnp.bfloat16), np.float32)
+        assert core.feasible(build(threat), np.asarray(found.x), given).all()
 
 
 def same(got, want, tolerance=1e-4):
@@ -284,6 +285,7 @@ def test_in_float64_other_batch_shapes_decide_the_same(attack, threat):
         np.testing.assert_allclose(half.x, whole.x[7:], atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", ["linf", "l1"])
 def test_served_from_slots_is_run(threat):
     a, model = pgd(build(threat), steps=4, early=True), dense_model()

@@ -110,6 +110,7 @@ def stop_at(where):
     return callback
 
 
+@pytest.mark.slow
 def test_a_crash_resumed_is_a_run_without_one(kit, key, tmp_path):
     with pytest.raises(Stop):
         train.fit(key, **arguments(kit, tmp_path / "a", callbacks=[stop_at(9)]))
@@ -231,6 +232,7 @@ def test_values_that_do_not_match_their_checksum_are_refused(kit, tmp_path, monk
     assert one != store.checksum(store.flatten({"b": jnp.ones(2), "a": jnp.zeros(2)}))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # orbax's writing thread
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs limits on file size")

@@ -23,7 +23,10 @@ def small(name):
     return {"width": 2} if name.endswith("cifar10") else {}
 
 
-@pytest.mark.parametrize("name", sorted(train.RECIPES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n.endswith("cifar10") else []) for n in sorted(train.RECIPES)],
+)
 def test_a_recipe_gives_arguments_of_fit_and_a_train_set_apart_from_validation(name):
     source = source_for(name)
     given = train.recipe(name)(source, **small(name))
@@ -64,6 +67,7 @@ def test_the_start_of_fast_mnist_leaves_the_bounds_and_its_points_do_not(kit, ke
     assert float(found.min()) >= 0 and float(found.max()) <= np.float32(0.3)
 
 
+@pytest.mark.slow
 def test_the_cifar10_recipes_are_as_published():
     fast = train.recipes.fast_cifar10(source_for("cifar10", 1280), width=2, epochs=2)
     attack = fast["objective"].keywords["attack"]
