@@ -15,6 +15,7 @@ absent is said so.
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -164,7 +165,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int)
     args = parser.parse_args()
-    record: dict = {"nets": {}}
+    stored = harness.RESULTS / "attacks.json"  # networks that are not measured now keep their record
+    record: dict = {"nets": json.loads(stored.read_text())["nets"] if stored.exists() else {}}
     rows = [["network", "what", "seconds (range)", "ratio"]]
     for name in args.nets:
         found = record["nets"][name] = measure(name, args.parts, args.rounds, args.batch)
