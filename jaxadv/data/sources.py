@@ -243,7 +243,17 @@ def _enough(source: Source, n: int) -> None:
 
 
 def float_bounds(bounds: Sequence[Any]) -> tuple[float, float]:
-    """Return (lowest, highest) as float32 numbers, with which float32 data will be compared."""
+    """Return (lowest, highest) as float32 numbers, with which float32 data will be compared.
+
+    Args:
+      bounds: lowest and highest value.
+
+    Returns:
+      The two, rounded to float32.
+
+    Raises:
+      ValueError: if they are not two finite numbers in rising order.
+    """
     values = [float(np.float32(b)) for b in bounds]
     if len(values) != 2 or not (math.isfinite(values[0]) and math.isfinite(values[1]) and values[0] < values[1]):
         raise ValueError(f"bounds must be (lowest, highest), finite and lowest < highest; got {tuple(bounds)}.")
