@@ -1,6 +1,7 @@
 """Searches for failing inputs. Each attack is a pytree with four pure functions; `run` is derived from them."""
 
-from jaxadv.attacks.gradient import ATTACKS as ATTACKS
+from collections.abc import Callable
+
 from jaxadv.attacks.gradient import GradientAttack as GradientAttack
 from jaxadv.attacks.gradient import bim as bim
 from jaxadv.attacks.gradient import fgsm as fgsm
@@ -8,3 +9,13 @@ from jaxadv.attacks.gradient import mi_fgsm as mi_fgsm
 from jaxadv.attacks.gradient import pgd as pgd
 from jaxadv.attacks.gradient import r_fgsm as r_fgsm
 from jaxadv.core.run import best_of as best_of
+from jaxadv.core.types import Attack
+
+ATTACKS: dict[str, Callable[..., Attack]] = {
+    "fgsm": fgsm,
+    "r_fgsm": r_fgsm,
+    "bim": bim,
+    "pgd": pgd,
+    "mi_fgsm": mi_fgsm,
+}
+"""Attacks by name, each a function of a threat."""

@@ -360,13 +360,3 @@ def mi_fgsm(
         "transform": _momentum(decay),
     }
     return pgd(threat, **wiring | settings)
-
-
-ATTACKS: dict[str, Callable[..., Attack]] = {
-    "fgsm": fgsm,
-    "r_fgsm": r_fgsm,
-    "bim": bim,
-    "pgd": pgd,
-    "mi_fgsm": mi_fgsm,
-}
-"""Attacks by name, each a function of a threat."""
