@@ -2,6 +2,11 @@
 
 from collections.abc import Callable
 
+from jaxadv.attacks.apgd import APGD as APGD
+from jaxadv.attacks.apgd import apgd as apgd
+from jaxadv.attacks.apgd import apgd_ce as apgd_ce
+from jaxadv.attacks.apgd import apgd_dlr as apgd_dlr
+from jaxadv.attacks.apgd import apgd_t as apgd_t
 from jaxadv.attacks.gradient import GradientAttack as GradientAttack
 from jaxadv.attacks.gradient import bim as bim
 from jaxadv.attacks.gradient import fgsm as fgsm
@@ -17,5 +22,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "bim": bim,
     "pgd": pgd,
     "mi_fgsm": mi_fgsm,
+    "apgd_ce": apgd_ce,
+    "apgd_dlr": apgd_dlr,
+    "apgd_t": apgd_t,
 }
 """Attacks by name, each a function of a threat."""
