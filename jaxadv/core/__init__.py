@@ -17,7 +17,13 @@ from jaxadv.core.run import advance as advance
 from jaxadv.core.run import best_of as best_of
 from jaxadv.core.run import run as run
 from jaxadv.core.run import select as select
-from jaxadv.core.run import serve as serve
+from jaxadv.core.serve import Board as Board
+from jaxadv.core.serve import Data as Data
+from jaxadv.core.serve import Out as Out
+from jaxadv.core.serve import advance_board as advance_board
+from jaxadv.core.serve import begin as begin
+from jaxadv.core.serve import block_of as block_of
+from jaxadv.core.serve import serve as serve
 from jaxadv.core.types import Attack as Attack
 from jaxadv.core.types import Model as Model
 from jaxadv.core.types import Objective as Objective

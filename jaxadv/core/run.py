@@ -1,12 +1,11 @@
-"""From an attack's four functions to an answer: the derived `run`, and the slot driver that serves a queue.
+"""From an attack's four functions to an answer: the derived `run` for one batch.
 
-Both drivers obey the same two rules, so their answers are the same: a row that is done is never stepped again, and a
-row's randomness comes from its dataset index.
+It and the driver of queues (`core.serve`) obey the same two rules, so their answers are the same: a row that is done is
+never stepped again, and a row's randomness comes from its dataset index.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxadv.core import check
 from jaxadv.core.keys import example_keys
@@ -83,65 +82,6 @@ def run(attack: Attack, key, model, x, y, *, index=None, restart=0) -> Result:
     else:
         state = loop(lambda s: attack.step(s, model, x, y), state, attack.max_steps)
     return attack.result(state, model, x, y)
-
-
-def serve(attack: Attack, key, model, x, y, *, slots: int, index=None, restart=0) -> Result:
-    """Run an attack on a queue of examples with a fixed number of slots, refilling a slot when its row is done.
-
-    A small host-driven driver that shows what the protocol promises: the answer of `run`, whatever the slots hold
-    beside a row.
-
-    Args:
-      attack: any attack.
-      key: a typed key.
-      model: logits from a batch.
-      x: `[n, ...]` the queue.
-      y: `[n]` labels, or a pytree with leading axis `[n]`.
-      slots: how many rows are worked on at once.
-      index: int `[n]` dataset indices; defaults to `arange(n)`.
-      restart: number of the restart.
-
-    Returns:
-      The result for all `n` rows, in the order of the queue.
-
-    Raises:
-      ValueError: if `slots` is not at least 1.
-    """
-    check.whole("slots", slots)
-    check.inputs(x, attack.threat.bounds if hasattr(attack, "threat") else None)
-    n = x.shape[0]
-    index = np.arange(n, dtype=np.int32) if index is None else np.asarray(index, np.int32)
-    keys = example_keys(key, attack.name, jnp.asarray(index), restart)
-
-    def rows(tree, where):
-        return jax.tree.map(lambda a: a[where], tree)
-
-    start = jax.jit(attack.init)
-    move = jax.jit(lambda s, m, x, y: (s := advance(attack, s, m, x, y), attack.done(s)))
-    refill = jax.jit(lambda fresh, new, old: select(fresh, new, old))
-    finish = jax.jit(attack.result)
-
-    held = np.full(slots, -1)  # which row of the queue a slot works on; -1 is an idle slot that holds row 0
-    queue = list(range(n))
-    answer: list = [None] * n
-    state, inside, labels = None, x[np.zeros(slots, int)], rows(y, np.zeros(slots, int))
-    while queue or (held >= 0).any():
-        fresh = np.zeros(slots, bool)
-        for slot in np.flatnonzero(held < 0)[: len(queue)]:
-            held[slot], fresh[slot] = queue.pop(0), True
-        if fresh.any():
-            at = np.maximum(held, 0)
-            inside, labels = x[at], rows(y, at)
-            new = start(keys[at], model, inside, labels)
-            state = new if state is None else refill(jnp.asarray(fresh), new, state)
-        state, done = move(state, model, inside, labels)
-        ready = np.flatnonzero(np.asarray(done) & (held >= 0))
-        if ready.size:
-            found = jax.device_get(finish(state, model, inside, labels))
-            for slot in ready:
-                answer[held[slot]] = rows(found, slot)
-                held[slot] = -1
-    return jax.tree.map(lambda *parts: jnp.stack([jnp.asarray(p) for p in parts]), *answer)
 
 
 def best_of(attack: Attack, key, model, x, y, *, restarts: int, index=None) -> Result:

@@ -20,6 +20,8 @@ from jaxadv.evaluate.report import ModelReport as ModelReport
 from jaxadv.evaluate.report import Report as Report
 from jaxadv.evaluate.report import load as load
 from jaxadv.evaluate.report import merge as merge
+from jaxadv.evaluate.slots import Server as Server
+from jaxadv.evaluate.slots import drain as drain
 
 
 class _Room(types.ModuleType):
