@@ -7,12 +7,17 @@ from jaxadv.attacks.apgd import apgd as apgd
 from jaxadv.attacks.apgd import apgd_ce as apgd_ce
 from jaxadv.attacks.apgd import apgd_dlr as apgd_dlr
 from jaxadv.attacks.apgd import apgd_t as apgd_t
+from jaxadv.attacks.blackbox import SquareAttack as SquareAttack
+from jaxadv.attacks.blackbox import square as square
 from jaxadv.attacks.gradient import GradientAttack as GradientAttack
 from jaxadv.attacks.gradient import bim as bim
 from jaxadv.attacks.gradient import fgsm as fgsm
 from jaxadv.attacks.gradient import mi_fgsm as mi_fgsm
 from jaxadv.attacks.gradient import pgd as pgd
 from jaxadv.attacks.gradient import r_fgsm as r_fgsm
+from jaxadv.attacks.minimum import FAB as FAB
+from jaxadv.attacks.minimum import fab as fab
+from jaxadv.attacks.minimum import fab_t as fab_t
 from jaxadv.core.run import best_of as best_of
 from jaxadv.core.types import Attack
 
@@ -25,5 +30,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "apgd_ce": apgd_ce,
     "apgd_dlr": apgd_dlr,
     "apgd_t": apgd_t,
+    "fab": fab,
+    "fab_t": fab_t,
+    "square": square,
 }
 """Attacks by name, each a function of a threat."""
