@@ -36,13 +36,13 @@ print(f"{len(train)} training and {len(test)} test images of shape {test.shape},
 
 
 # %%
-def trained(recipe):
+def trained_by(recipe):
     """Train by a recipe and return the model."""
     state = ja.fit(key, **recipe)
-    return ja.models.model(recipe["trainable"]._replace(params=state.params, state=state.state))
+    return ja.models.model(ja.train.trained(recipe["trainable"], state))
 
 
-standard = trained(ja.recipes.standard_digits(train, epochs=15))
+standard = trained_by(ja.recipes.standard_digits(train, epochs=15))
 print(f"accuracy without an attack: {np.mean(np.asarray(ja.robust(standard(x), y))):.3f}")
 
 # %% [markdown]
@@ -82,7 +82,7 @@ print(f"label {y[fooled]}; the network says {np.asarray(standard(pair)).argmax(-
 # Fast adversarial training: in each step, one gradient step from a random start makes the batch harder.
 
 # %%
-robust = trained(ja.recipes.fast_digits(train, epochs=25))
+robust = trained_by(ja.recipes.fast_digits(train, epochs=25))
 result = jax.jit(attack.run)(key, robust, x, y)
 print(f"accuracy under attack: {1 - np.mean(np.asarray(result.success)):.3f}")
 

@@ -29,7 +29,7 @@ def trained(digits, tmp_path_factory):
         jax.random.key(1), net, ja.train.pgd_at(attack), optax.adam(0.02), source, steps=40, batch_size=64, log_every=20
     )
     path = folder / "model.safetensors"
-    ja.models.save(path, net._replace(params=state.params, state=state.state), spec)
+    ja.models.save(path, ja.train.trained(net, state), spec)
     loaded, found = ja.models.load(path)
     assert found == spec
     for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(state.params), strict=True):
@@ -155,7 +155,7 @@ def test_the_recipe_of_the_front_page_trains_a_robust_network(digits):
     source, few = digits
     state = ja.train.fit(jax.random.key(0), **ja.train.recipes.fast_digits(source, epochs=10))
     net = ja.train.recipes.fast_digits(source, epochs=10)["trainable"]
-    model = ja.models.model(net._replace(params=state.params, state=state.state))
+    model = ja.models.model(ja.train.trained(net, state))
     x, y = few.all()
     report = ja.evaluate(jax.random.key(1), model, x, y, ja.linf(EPS), attacks="quick")
     assert report.models[0].clean_accuracy > 0.85 and report.models[0].robust_accuracy > 0.4

@@ -297,7 +297,7 @@ def train(recipe: Callable, data: Any, seed: int, **settings: Any) -> tuple[Any,
     state = ja.fit(jax.random.key(seed), **arguments)
     jax.block_until_ready(state.params)
     minutes = (time.perf_counter() - start) / 60
-    return ja.models.model(arguments["trainable"]._replace(params=state.params, state=state.state)), minutes
+    return ja.models.model(ja.train.trained(arguments["trainable"], state)), minutes
 
 
 def accuracies(

@@ -25,7 +25,7 @@ from jaxadv.cli.configs import Demo, Train
 from jaxadv.cli.errors import Stopped, UsageError
 from jaxadv.cli.parsing import fraction, plain
 from jaxadv.cli.progress import Progress, note, say
-from jaxadv.core import Trainable, check
+from jaxadv.core import check
 from jaxadv.evaluate.engine import evaluate as measure
 
 DATA_OF = {"mnist": "mnist", "digits": "digits", "cifar10": "cifar10_jpeg"}
@@ -100,12 +100,6 @@ def _recipe(name: str, source: Any, seed: int, given: dict[str, Any]) -> tuple[d
     spec = models.make_spec(net, shape=source.shape, classes=source.classes, **options)
     trainable = models.from_spec(spec, jax.random.key(seed))
     return train.recipe(name)(source, seed=seed, trainable=trainable, **given), spec
-
-
-def _weights(state: Any, trainable: Trainable) -> Trainable:
-    """The weights to publish: the average where one was kept."""
-    params = state.params if state.ema is None else state.ema
-    return Trainable(trainable.apply, params, state.state)
 
 
 # ---------------------------------------------------------------------------------------------------------------- train
@@ -187,7 +181,7 @@ def _finish(
 ) -> None:
     """Export the weights and say which they are."""
     weights = config.out / sources.WEIGHTS
-    models.save(weights, _weights(jax.device_get(state), arguments["trainable"]), spec)
+    models.save(weights, train.trained(arguments["trainable"], jax.device_get(state)), spec)
     step, best = int(state.step), arguments.get("keep", "last") == "best"
     which = (
         f"the best by robust accuracy on validation data, step {step}" if best else f"those of the last step, {step}"
@@ -316,7 +310,7 @@ def _demo_train(config: Demo, folder: Path, recipe: str, title: str, eps: float,
     state = train.fit(
         jax.random.key(config.seed), callbacks=(follow(progress, stage, steps, lambda text: None),), **arguments
     )
-    trained = _weights(jax.device_get(state), arguments["trainable"])
+    trained = train.trained(arguments["trainable"], jax.device_get(state))
     models.save(folder / sources.WEIGHTS, trained, spec)
     stored = {"recipe": recipe, "data": "digits", "eps": config.eps, "epochs": config.epochs, "seed": config.seed}
     files.write_run(

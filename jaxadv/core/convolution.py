@@ -8,11 +8,16 @@ in a function (that is `core.loop.canonical`). The forms:
 | `layout` | transposes to (N, spatial, C) x (spatial, I, O) and back | to the bit |
 | `phases` | computes stride and input dilation as channels, without inserted zeros | to rounding |
 | `product` | the same with one matrix product and shifted slices around it | to rounding |
+| `winograd` | computes 2 x 2 outputs of a 3 x 3 kernel with 16 multiplications instead of 36 | to rounding |
 
 `phases` turns a convolution of stride s into one of stride 1 over s x s blocks read as channels (space to depth), and
 an input-dilated one (the input gradient of a strided convolution) into one that computes its s x s output phases as
 channels. `product` puts shifted slices of those blocks side by side and multiplies once; an input-dilated convolution
 is multiplied first, and the contributions to overlapping windows are added up.
+
+`winograd` is the minimal filtering F(2 x 2, 3 x 3) of Lavin and Gray 2016, Fast algorithms for convolutional neural
+networks, arXiv:1509.09308, section 4.1: sixteen matrix products on sums and differences of tiles. It serves kernels of
+3 x 3 with stride one, in float32 or wider (lower precision would lose digits in the sums).
 
 `choose` picks the form from the shapes alone, so a program is the same in every process and a resumed run repeats its
 bits. The rule was found by measuring (`benchmarks/speed/convolutions.py`).
@@ -25,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-FORMS = ("layout", "phases", "product")
+FORMS = ("layout", "phases", "product", "winograd")
 
 
 def canonical_convolution(lhs, rhs, params: dict[str, Any], form: str | None = None):
@@ -53,6 +58,8 @@ def canonical_convolution(lhs, rhs, params: dict[str, Any], form: str | None = N
     form = (choose(x.shape, w.shape, params) if plain else "layout") if form is None else form
     if form == "layout" or not plain:
         z = _layout(x, w, params)
+    elif form == "winograd":
+        z = _winograd(x, w, params) if _minimal(x, w, params) else _layout(x, w, params)
     else:
         z = _phases(x, w, params, product=form == "product")
     order = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
@@ -80,6 +87,39 @@ def choose(x_shape: Sequence[int], w_shape: Sequence[int], params: dict[str, Any
             return "product"
         return "phases" if height * width >= channels and outputs >= 4 else "layout"
     return "product" if max(params["window_strides"]) > 1 and channels <= 4 else "layout"
+
+
+def _minimal(x, w, params) -> bool:
+    """Whether minimal filtering serves: 3 x 3, neither stride nor dilation, and digits to spare."""
+    square = w.shape[:2] == (3, 3) and max(*params["window_strides"], *params["lhs_dilation"]) == 1
+    return square and x.dtype == w.dtype and jnp.finfo(x.dtype).bits >= 32
+
+
+def _winograd(x: Float[Array, "b h w c"], w, params):
+    """Y = A' [(G k G') * (B' d B)] A over tiles d of 4 x 4 that overlap by two."""
+    (b, height, width, _), channels, precision = x.shape, w.shape[-1], params["precision"]
+    out = [n + lo + hi - 2 for n, (lo, hi) in zip((height, width), params["padding"])]
+    tiles = [-(-n // 2) for n in out]
+    for axis, ((lo, _), n) in enumerate(zip(params["padding"], tiles)):
+        x = _fit(x, axis + 1, lo, 2 * n + 2)
+
+    def spread(parts):
+        return parts[0] - parts[2], parts[1] + parts[2], parts[2] - parts[1], parts[1] - parts[3]
+
+    def filtered(k):
+        return k[0], (k[0] + k[1] + k[2]) / 2, (k[0] - k[1] + k[2]) / 2, k[2]
+
+    def gathered(parts):
+        return parts[0] + parts[1] + parts[2], parts[1] - parts[2] - parts[3]
+
+    rows = spread([x[:, i : i + 2 * tiles[0] - 1 : 2] for i in range(4)])
+    pixels = [spread([r[:, :, j : j + 2 * tiles[1] - 1 : 2] for j in range(4)]) for r in rows]
+    kernels = [filtered(k) for k in filtered(w)]
+    products = [[_matmul(d, k, precision) for d, k in zip(*pair)] for pair in zip(pixels, kernels)]
+    half = [gathered(column) for column in zip(*products)]  # [4 columns][2 rows]
+    y = jnp.stack([jnp.stack(gathered(row), axis=3) for row in zip(*half)], axis=2)  # b, th, row, tw, column, o
+    y = y.reshape(b, 2 * tiles[0], 2 * tiles[1], channels)
+    return y[:, : out[0], : out[1]]
 
 
 def _layout(x, w, params):

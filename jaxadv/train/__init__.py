@@ -30,3 +30,4 @@ from jaxadv.train.trainer import accumulated as accumulated
 from jaxadv.train.trainer import co_detector as co_detector
 from jaxadv.train.trainer import grad_fn as grad_fn
 from jaxadv.train.trainer import make_step as make_step
+from jaxadv.train.trainer import trained as trained

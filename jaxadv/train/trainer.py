@@ -248,6 +248,20 @@ def init(key, trainable: Trainable, optimizer: optax.GradientTransformation, *, 
     return copy(fresh)
 
 
+def trained(trainable: Trainable, state: TrainState) -> Trainable:
+    """Return the network with the weights of a training state: the average where one was kept.
+
+    Args:
+      trainable: the network that was given to training.
+      state: what `fit` returned.
+
+    Returns:
+      The network to evaluate (`models.model`) or to save (`models.save`).
+    """
+    params = state.params if state.ema is None else state.ema
+    return trainable._replace(params=params, state=state.state)
+
+
 def copy(state: PyTree) -> PyTree:
     """Copy every leaf, so that donating one state does not delete the other.
 

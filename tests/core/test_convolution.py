@@ -12,6 +12,7 @@ from jaxadv.core import FORMS, canonical
 NAMES = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 CASES = {  # spatial, kernel, strides, padding, options
     "plain": (2, (3, 3), (1, 1), "SAME", {}),
+    "odd": (2, (3, 3), (1, 1), ((-1, 2), (2, 0)), {}),
     "strided": (2, (4, 4), (2, 2), ((1, 1), (1, 1)), {}),
     "narrow": (2, (1, 1), (2, 2), "VALID", {}),
     "wide_stride": (2, (3, 2), (3, 2), ((2, 0), (0, 1)), {}),

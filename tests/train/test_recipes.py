@@ -125,7 +125,7 @@ def test_the_digits_recipes_learn_what_they_should():
     for name in ("standard_digits", "fast_digits", "pgd_digits"):
         given = train.recipe(name)(source, validation=validation)
         state = train.fit(jax.random.key(0), **given)
-        model = models.model(given["trainable"]._replace(params=state.params, state=state.state))
+        model = models.model(train.trained(given["trainable"], state))
         found = attacks.pgd(given["attack"].threat, steps=40).run(jax.random.key(1), model, x, y)
         assert float(np.mean(np.argmax(model(x), -1) == y)) > 0.93
         robust[name] = float(1 - np.mean(found.success))

@@ -260,3 +260,14 @@ def test_an_objective_that_averages_is_refused(kit, key):
 def test_the_types_say_what_they_hold(kit, key):
     assert train.TrainState._fields == ("step", "key", "params", "state", "opt_state", "ema")
     assert train.Gradient._fields == ("total", "count", "state", "sums")
+
+
+def test_trained_takes_the_average_where_one_was_kept(kit, key):
+    net = kit.linear()
+    for kept in (False, True):
+        state = trainer.init(key, net, optax.sgd(0.1), ema=kept)
+        state = state._replace(params=jax.tree.map(lambda a: a + 1, state.params))
+        got = train.trained(net, state)
+        want = state.ema if kept else state.params
+        assert got.apply is net.apply
+        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(want), strict=True))
