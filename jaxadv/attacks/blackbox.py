@@ -119,7 +119,7 @@ class SquareAttack(Attack):
     queries: int = static()
     p_init: float = static()
     rescale_schedule: bool = static()
-    early: bool = static(default=True)
+    early: bool = static()
 
     def init(self, keys, model, x, y) -> State:
         """Ask the model at `x` and draw the start; the first step evaluates it."""
@@ -151,26 +151,30 @@ class SquareAttack(Attack):
         proposal = select(first, state.point, self._propose(keys, state.point, x, jnp.maximum(local - 1, 0)))
         score, broken, finite = _judge(model(proposal), y)
         score = score.astype(x.dtype)
-        better = first | broken | (score < state.score)
+        better = first | (score < state.score)
+        if self.early:
+            better = better | broken
         point, score = select(better, (proposal, score), (state.point, state.score))
         return state._replace(
             point=point,
             score=score,
-            broken=broken,
+            broken=state.broken | broken,
             step=state.step + 1,
             nonfinite=state.nonfinite | ~finite,
         )
 
     def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done once it is broken, or after `max_steps`."""
-        return state.broken | (state.step >= self.max_steps)
+        """A row is done after `max_steps`, or, with `early`, once it is broken."""
+        over = state.step >= self.max_steps
+        return over | state.broken if self.early else over
 
     def result(self, state: State, model, x, y) -> Result:
         """Ask the model again at the best point; the clean one stays where nothing better was found."""
         point, score = state.point, state.score
         if state.kept is not None:
-            point, score = select(~state.broken & (state.kept[1] < score), state.kept, (point, score))
-        found = (state.step > 0) & (state.broken | (score < state.clean))
+            older = (state.kept[1] < score) & ~(state.broken & self.early)
+            point, score = select(older, state.kept, (point, score))
+        found = (state.step > 0) & ((score < state.clean) | (state.broken & self.early))
         point = select(found, point, x)
         score, broken, finite = _judge(model(point), y)
         return Result(
@@ -351,13 +355,14 @@ def square(
     p_init: float = 0.8,
     rescale_schedule: bool = False,
     restarts: int = 1,
+    early: bool = True,
     name: str = "square",
 ) -> SquareAttack:
     """Return the Square attack: random search over windows, on logits alone.
 
     linf: the start is vertical stripes of `+-eps`; a proposal sets a square window to `+eps` or `-eps`, one sign for
     each channel. l2 and l1: the start is a tiling of bumps; a proposal empties one window and spends its budget, and
-    what was free, on a bump in another. A proposal that lowers the margin stays. A row is done once it is broken.
+    what was free, on a bump in another. A proposal that lowers the margin stays.
 
     Args:
       threat: linf, l2 or l1, over images `[b, h, w, c]`; rectangular ones are fine.
@@ -366,6 +371,7 @@ def square(
       p_init: share of the image that the first windows cover, in (0, 1].
       rescale_schedule: stretch the schedule of the window, made for 10,000 queries, to `queries`, as the paper does.
       restarts: independent searches, one after another.
+      early: stop a row once it is broken and return it as it was found; False goes on lowering its margin.
       name: enters the random keys.
 
     Returns:
@@ -394,4 +400,5 @@ def square(
         queries=queries,
         p_init=float(p_init),
         rescale_schedule=rescale_schedule,
+        early=early,
     )

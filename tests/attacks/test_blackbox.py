@@ -235,6 +235,15 @@ def test_a_broken_row_is_returned_as_it_was_found(norm):
     assert (np.asarray(found.score) <= margins + 1e-6).all()
 
 
+def test_without_early_a_broken_row_goes_on():
+    model, x, y = problem((8, 8, 1))
+    y = y.at[::2].set((y[::2] + 1) % 3)
+    found = go(square(linf(0.1), queries=5, early=False), model, x, y)
+    stopped = go(square(linf(0.1), queries=5), model, x, y)
+    assert (np.asarray(found.queries) == 7).all() and np.asarray(found.success)[::2].all()
+    assert (np.asarray(found.score) < np.asarray(stopped.score))[::2].mean() > 0.8
+
+
 SLOW = ["linf", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l2", "l1"))]
 
 
