@@ -244,7 +244,9 @@ class FAB(Attack):
     def result(self, state: State, model, x, y) -> Result:
         """Project the nearest failing point into the budget and ask the model there; else return the better point."""
         point = select(state.wrong, x, self.threat.project(state.best, x))
-        score, fails, finite = self._judge(self._logits(model, point), y)
+        logits = self._logits(model, point)
+        score, fails, finite = self._judge(logits, y)
+        passes = 1 if self.targets else logits.shape[-1] - 1  # backward passes of a step
         better = fails | (score < state.score)
         return Result(
             x=select(better, point, x),
@@ -252,17 +254,13 @@ class FAB(Attack):
             success=fails,
             size=self.threat.size(select(better, point, x), x),
             queries=2 * state.step + 2,
-            grads=state.step * self._passes(state, model, x),
+            grads=state.step * passes,
             flags={
                 "nonfinite": state.nonfinite | ~finite,
                 "zero_gradient": state.zero_gradient,
                 "infeasible": state.infeasible,
             },
         )
-
-    def _passes(self, state: State, model, x) -> int:
-        """Backward passes of a step: one, or one for each wrong class."""
-        return 1 if self.targets else jax.eval_shape(model, x).shape[-1] - 1
 
     def _logits(self, model, point):
         logits = model(point)
