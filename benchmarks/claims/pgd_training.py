@@ -25,7 +25,8 @@ CLAIM = {
     "settings": {
         "data": "mnist",
         "eps": 0.3,
-        "train": 5_000,
+        "train": 10_000,
+        "epochs": 20,
         "pgd_steps": 10,
         "test": 1_000,
         "judge_steps": 50,
@@ -35,6 +36,7 @@ CLAIM = {
     "smoke": {
         "data": "digits",
         "train": 100,
+        "epochs": 1,
         "pgd_steps": 1,
         "test": 20,
         "judge_steps": 1,
@@ -50,7 +52,6 @@ def run(settings: dict[str, Any], seeds: tuple[int, ...], smoke: bool) -> dict[s
     threat = ja.linf(settings["eps"])
     whole, held, test = (ja.data.load(settings["data"], split) for split in ("train", "validation", "test"))
     data, test = ja.data.evaluation_subset(whole, settings["train"]), ja.data.evaluation_subset(test, settings["test"])
-    trained_on = ja.pgd(threat, steps=settings["pgd_steps"], keep="last")
     steps, restarts = settings["judge_steps"], settings["judge_restarts"]
     judge = ja.pgd(threat, steps=steps, loss=ja.losses.margin, name="pgd_margin")
     unseen = {
@@ -59,7 +60,9 @@ def run(settings: dict[str, Any], seeds: tuple[int, ...], smoke: bool) -> dict[s
         "PGD, more steps and restarts": (ja.pgd(threat, steps=steps), restarts),
         "PGD on the margin": (judge, restarts),
     }
-    common = {"eps": settings["eps"], "validation": held} | ({"steps": 1} if smoke else {})
+    common = {"eps": settings["eps"], "validation": held, "epochs": settings["epochs"]} | (
+        {"steps": 1} if smoke else {}
+    )
     numbers: dict[str, list[float]] = {}
 
     def note(measure, value):
@@ -78,14 +81,13 @@ def run(settings: dict[str, Any], seeds: tuple[int, ...], smoke: bool) -> dict[s
             channels=(first, second),
             hidden=hidden,
         )
-        return framework.train(recipe, data, seed, trainable=net, **common, **more)[0]
+        return framework.train(recipe, data, seed, trainable=net, **common, **more).model
 
     for seed in seeds:
         standard = fit(ja.recipes.standard_mnist, seed, settings["widths"][-1])
         note("standard training: PGD on the margin, robust %", robust(standard, judge, seed, restarts))
-        objective = ja.train.pgd_at(trained_on)
         for size, widths in zip(SIZES, settings["widths"]):
-            model = fit(ja.recipes.fast_mnist, seed, widths, objective=objective)
+            model = fit(ja.recipes.fast_mnist, seed, widths, attack_steps=settings["pgd_steps"])
             note(f"{size}: PGD on the margin, robust %", robust(model, judge, seed, restarts))
             if size != SIZES[-1]:
                 continue

@@ -149,6 +149,22 @@ def positive(name: str, value: Any, hint: str = "") -> None:
         raise ValueError(f"{name} must be finite and greater than 0; got {value}.{' ' + hint if hint else ''}")
 
 
+def fraction(name: str, value: float) -> None:
+    """Refuse what is no share of a run.
+
+    Args:
+      name: the argument's name.
+      value: a number.
+
+    Raises:
+      ValueError: if it does not lie in [0, 1].
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"{name} must be a fraction of the steps in [0, 1]; got {value}. Divide by the number of steps."
+        )
+
+
 def whole(name: str, value: Any, least: int = 1) -> None:
     """Refuse a count that is not a whole number of at least `least`.
 

@@ -9,6 +9,7 @@ get the step's key and the dataset index, so the iterates do not depend on the o
 devices.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import attacks, losses
+from jaxadv.attacks.scale import scaled
 from jaxadv.core import Attack, Model, Objective, Threat, check, robust
 
 ATTACK_BN = ("eval", "local")
@@ -72,8 +74,10 @@ def _standard(apply, params, state, batch, key, *, bn, label_smoothing):
     return _fit(apply, params, state, batch["x"], batch, key, bn, label_smoothing, "clean")
 
 
-def _pgd_at(apply, params, state, batch, key, *, attack, bn_attack, bn, label_smoothing):
+def _pgd_at(apply, params, state, batch, key, *, attack, growth, bn_attack, bn, label_smoothing):
     model = frozen(apply, params, state, bn=bn_attack)
+    if growth is not None:
+        attack = scaled(attack, growth(batch["step"]))
     x = lax.stop_gradient(attack.run(key, model, batch["x"], batch["y"], index=batch["index"]).x)
     return _fit(apply, params, state, x, batch, key, bn, label_smoothing, "robust")
 
@@ -101,7 +105,14 @@ def standard(*, bn: str = "train", label_smoothing: float = 0.0) -> Objective:
     return partial(_standard, bn=bn, label_smoothing=label_smoothing)
 
 
-def pgd_at(attack: Attack, *, bn_attack: str = "eval", bn: str = "train", label_smoothing: float = 0.0) -> Objective:
+def pgd_at(
+    attack: Attack,
+    *,
+    growth: Callable | None = None,
+    bn_attack: str = "eval",
+    bn: str = "train",
+    label_smoothing: float = 0.0,
+) -> Objective:
     """Adversarial training: cross-entropy at the points that an attack finds.
 
     min over the parameters of E[max over the threat of CE(f(x'), y)]; the maximum is whatever `attack` returns, held
@@ -109,6 +120,8 @@ def pgd_at(attack: Attack, *, bn_attack: str = "eval", bn: str = "train", label_
 
     Args:
       attack: finds the points; it sees frozen parameters.
+      growth: number of the step (int `[b]`) to the share of budget and step size that the attack has there, above 0;
+        `schedules.growth` rises linearly to 1. None attacks with the whole budget from the first step.
       bn_attack: batch norm inside the attack: `'eval'` (running statistics, as TRADES does) or `'local'` (statistics of
         the batch, as Madry's, Wong's and Rice's codes; they also update the running statistics at every attack step,
         which is an artifact and not offered: the attack's gradients do not depend on it).
@@ -138,7 +151,7 @@ def pgd_at(attack: Attack, *, bn_attack: str = "eval", bn: str = "train", label_
     check.choice("bn_attack", bn_attack, ATTACK_BN)
     check.choice("bn", bn, ("train", "local", "eval"))
     _smoothing(label_smoothing)
-    return partial(_pgd_at, attack=attack, bn_attack=bn_attack, bn=bn, label_smoothing=label_smoothing)
+    return partial(_pgd_at, attack=attack, growth=growth, bn_attack=bn_attack, bn=bn, label_smoothing=label_smoothing)
 
 
 def fgsm_rs(
@@ -146,6 +159,7 @@ def fgsm_rs(
     *,
     alpha: Any = None,
     start: str = "random",
+    growth: Callable | None = None,
     bn_attack: str = "local",
     bn: str = "train",
     label_smoothing: float = 0.0,
@@ -160,6 +174,7 @@ def fgsm_rs(
         budgets.
       start: `'random'` within the bounds, as in the authors' CIFAR-10 code, or `'unclipped'`, as in their MNIST code.
         Where many features stand at a bound (the black of MNIST) that decides between robust and not at all.
+      growth: see `pgd_at`.
       bn_attack: see `pgd_at`; published with statistics of the batch.
       bn: batch norm of the training pass.
       label_smoothing: see `smoothed_cross_entropy`.
@@ -178,7 +193,7 @@ def fgsm_rs(
     check.positive("alpha", alpha, "None stands for 1.25 eps.")
     check.choice("start", start, ("random", "unclipped"))
     attack = attacks.fgsm(threat, start=start, step_size=alpha, keep="last", name="fgsm_rs")
-    return pgd_at(attack, bn_attack=bn_attack, bn=bn, label_smoothing=label_smoothing)
+    return pgd_at(attack, growth=growth, bn_attack=bn_attack, bn=bn, label_smoothing=label_smoothing)
 
 
 OBJECTIVES = {"standard": standard, "pgd_at": pgd_at, "fgsm_rs": fgsm_rs}

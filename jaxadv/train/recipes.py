@@ -57,7 +57,7 @@ def _assemble(
     batch_size = overrides.get("batch_size", settings.pop("batch_size"))
     steps = overrides.get("steps", None)
     steps = steps_of(data_room.steps_per_epoch(len(data), batch_size)) if steps is None else steps
-    made = {k: v(steps) if k == "optimizer" else v for k, v in settings.items()}
+    made = {k: v(steps) if k in ("optimizer", "objective") else v for k, v in settings.items()}
     return {"data": data, "validation": validation, "batch_size": batch_size, "steps": steps} | made | overrides
 
 
@@ -135,7 +135,7 @@ def standard_mnist(
     threat = _linf(eps, 0.3, data)
     return _mnist(
         data,
-        objectives.standard(),
+        lambda _: objectives.standard(),
         threat,
         seed=seed,
         validation=validation,
@@ -152,35 +152,41 @@ def fast_mnist(
     seed: int = 0,
     eps=None,
     alpha: float | None = None,
-    epochs: float = 20,
+    attack_steps: int = 5,
+    growth: float = 0.2,
+    epochs: float = 10,
     lr_max: float = 2e-3,
     net="cnn_small",
     validation=None,
     **overrides,
 ) -> dict[str, Any]:
-    """Fast adversarial training of the small MNIST network: FGSM with a random start, Adam, one cycle.
+    """Fast adversarial training of the small MNIST network: few steps from a random start, a budget that grows, Adam.
 
-    As published: eps 0.3, alpha 0.375, a uniform start that is not cut to the bounds, batch 100, a learning rate that
-    rises from 0 to its peak at two fifths and falls to 0, PyTorch's initialization. Ours: the peak is 2e-3 instead of
-    5e-3 and there are 20 epochs instead of 10. There is also a watch that records a collapse; the weights returned are
-    those of the last step.
+    Wong et al. take ONE step of 0.375 at eps 0.3, from a uniform start that is not cut to the bounds, with a peak rate
+    of 5e-3 over 10 epochs: `fast_mnist(data, attack_steps=1, growth=0, lr_max=5e-3)` is their setting. What it gives is
+    a matter of luck, here and in their own loop in PyTorch on the same weights, order and noise (91 % robust after
+    seven epochs, 36 % after ten): the network learns to spoil the one gradient that it is attacked with. So this recipe
+    takes five steps of eps / 3, lets the budget grow over the first fifth of the steps (without that the network does
+    not begin to learn), and has a lower peak rate. Kept from the source: network, initialization, batch 100, shape of
+    the rate, number of epochs.
 
-    | peak, epochs | seeds | accuracy under PGD-50 with 10 restarts, eps 0.3 |
-    | --- | --- | --- |
-    | 5e-3, 10 (published) | 0, 1 | 31 %, 1 % of 5,000 held-out training images: collapsed |
-    | 2e-3, 20 (this recipe) | 0 | 89.0 % of the same |
-    | 2e-3, 30 | 0, 1, 2 | 44 %, 78 %, 0 % of the test images: collapsed |
-
-    So training with one step at this budget is not dependable here; watch the record, and use `pgd_mnist` where it
-    matters. The authors' loop, written again in PyTorch, did not collapse for seeds 0 and 1 (5e-3, 10 epochs; 90 % and
-    86 % under one run of PGD); why ours does more often is not known. Their stored weights reach 89.7 % of 1,000 test
-    images under PGD-50.
+    | attack | peak rate, epochs | growth | seeds | PGD-50 with 10 restarts, eps 0.3, held-out training images |
+    | --- | --- | --- | --- | --- |
+    | 1 step (published) | 5e-3, 10 | none | 0, 1 | 31 %, 1 % |
+    | 1 step | 2e-3, 20 | none | 0 | 89 % |
+    | 1 step | 2e-3, 30 | none | 0, 1, 2 | 44 %, 78 %, 0 % (test images) |
+    | 1 step | 1e-3, 20 | none | 0 | 82 % |
+    | 1 step | 2e-3, 10 | 2 epochs | 0 | 49 % |
+    | 2 steps | 2e-3, 10 | 2 epochs | 0 | 0 % |
+    | 5 steps (this recipe) | 2e-3, 10 | 2 epochs | 0 | 93 % |
 
     Args:
       data: training source.
       seed: of the initial weights.
       eps: budget; default 0.3.
-      alpha: step length; default 1.25 eps.
+      alpha: step length; default 1.25 eps for one step, 5 eps / (3 `attack_steps`) for more.
+      attack_steps: gradient steps of the attack.
+      growth: share of the training steps over which the budget grows from nothing to `eps`; 0 starts with `eps`.
       epochs: passes over the training data.
       lr_max: highest learning rate.
       net: network, see `models.NETS`.
@@ -190,14 +196,28 @@ def fast_mnist(
     Returns:
       The arguments of `fit`.
 
+    Raises:
+      ValueError: if `growth` is outside [0, 1] or `attack_steps` is not positive.
+
     References:
       Wong, Rice and Kolter 2020, Fast is better than free, arXiv:2001.03994, section 5.1; code
       locuslab/fast_adversarial, MNIST/train_mnist.py.
     """
     threat = _linf(eps, 0.3, data)
+    check.whole("attack_steps", attack_steps)
+    check.fraction("growth", growth)
+
+    def objective(steps):
+        rise = schedules.growth(round(growth * steps)) if round(growth * steps) else None
+        if attack_steps == 1:
+            return objectives.fgsm_rs(threat, alpha=alpha, start="unclipped", growth=rise)
+        length = 5 * threat.eps / (3 * attack_steps) if alpha is None else alpha
+        attack = attacks.pgd(threat, steps=attack_steps, step_size=length, keep="last", name="fast_mnist")
+        return objectives.pgd_at(attack, growth=rise)
+
     return _mnist(
         data,
-        objectives.fgsm_rs(threat, alpha=alpha, start="unclipped"),
+        objective,
         threat,
         seed=seed,
         validation=validation,
@@ -248,8 +268,8 @@ def pgd_mnist(
     threat = _linf(eps, 0.3, data)
     attack = attacks.pgd(threat, steps=attack_steps, step_size=step_size, keep="last", name="pgd_at")
     return _mnist(
-        data, objectives.pgd_at(attack), threat, seed=seed, validation=validation, epochs=epochs, lr_max=lr_max,
-        net=net, overrides=overrides,
+        data, lambda _: objectives.pgd_at(attack), threat, seed=seed, validation=validation, epochs=epochs,
+        lr_max=lr_max, net=net, overrides=overrides,
     )  # fmt: skip
 
 
@@ -264,7 +284,7 @@ def _digits(data, objective, threat, *, seed, validation, epochs, net, overrides
         overrides,
         _sizer(epochs),
         trainable=_net(net, seed, data),
-        objective=objective,
+        objective=lambda _: objective,
         optimizer=lambda steps: optax.adam(schedules.triangular(5e-3, steps, peak=0.4)),
         batch_size=64,
         attack=_judge(threat),
@@ -385,7 +405,7 @@ def _cifar10(
         trainable=_net(
             "preact_resnet18", seed, data, mean=CIFAR10_MEAN, std=CIFAR10_STD, shortcut=shortcut, width=width
         ),
-        objective=objective,
+        objective=lambda _: objective,
         optimizer=lambda steps: _torch_sgd(rate(steps), 5e-4),
         batch_size=128,
         attack=_judge(threat, 10),

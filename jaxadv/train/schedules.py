@@ -5,17 +5,12 @@ optax has under a plain name already (pass any optax schedule to any optax optim
 """
 
 from collections.abc import Sequence
+from functools import partial
 
+import jax.numpy as jnp
 import optax
 
 from jaxadv.core import check
-
-
-def _fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"{name} must be a fraction of the steps in [0, 1]; got {value}. Divide by the number of steps."
-        )
 
 
 def triangular(lr_max: float, steps: int, *, peak: float = 0.5) -> optax.Schedule:
@@ -38,7 +33,7 @@ def triangular(lr_max: float, steps: int, *, peak: float = 0.5) -> optax.Schedul
     """
     check.positive("lr_max", lr_max)
     check.whole("steps", steps)
-    _fraction("peak", peak)
+    check.fraction("peak", peak)
     top = round(peak * steps)
     if top == 0:
         return optax.linear_schedule(lr_max, 0.0, steps)
@@ -71,7 +66,7 @@ def piecewise(
     check.positive("lr", lr)
     check.whole("steps", steps)
     for where, factor in drops:
-        _fraction("the place of a drop", where)
+        check.fraction("the place of a drop", where)
         check.positive("the factor of a drop", factor)
     return optax.piecewise_constant_schedule(lr, {round(where * steps): factor for where, factor in drops})
 
@@ -95,7 +90,7 @@ def cosine(lr_max: float, steps: int, *, warmup: float = 0.0) -> optax.Schedule:
     """
     check.positive("lr_max", lr_max)
     check.whole("steps", steps)
-    _fraction("warmup", warmup)
+    check.fraction("warmup", warmup)
     rise = round(warmup * steps)
     if rise == steps:
         raise ValueError(f"warmup must leave steps to train; got warmup={warmup} of {steps} steps. Lower warmup.")
@@ -117,6 +112,26 @@ def constant(lr: float, steps: int | None = None) -> optax.Schedule:
     """
     check.positive("lr", lr)
     return optax.constant_schedule(lr)
+
+
+def growth(steps: int) -> optax.Schedule:
+    """Rise linearly from 1 / steps to 1 and stay there: the share of an attack's budget in the first steps of training.
+
+    Args:
+      steps: how many steps the rise takes.
+
+    Returns:
+      The schedule; step number t (counted from 0) has the share min(1, (t + 1) / steps).
+
+    Raises:
+      ValueError: if `steps` is not a whole number of at least 1.
+    """
+    check.whole("steps", steps)
+    return partial(_growth, steps=steps)
+
+
+def _growth(t, *, steps):
+    return jnp.minimum(1.0, (t + 1) / steps)
 
 
 SCHEDULES = {"triangular": triangular, "piecewise": piecewise, "cosine": cosine, "constant": constant}

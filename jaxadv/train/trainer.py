@@ -314,6 +314,7 @@ def make_step(
 
     def step(state: TrainState, batch, *, axis_name=None):
         key = jax.random.fold_in(state.key, state.step)
+        batch = batch | {"step": jnp.broadcast_to(state.step, batch["mask"].shape)}
         if augment is not None:
             batch = batch | {"x": jax.vmap(augment)(example_keys(key, "augment", batch["index"]), batch["x"])}
         got = compute(applied, state.params, state.state, batch, key, axis_name=axis_name)

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxadv import attacks, losses, threats, train
 from jaxadv.core import example_keys
+from jaxadv.train import trainer
 
 WIDE = (-10.0, 10.0)
 
@@ -35,6 +37,34 @@ def test_adversarial_training_of_a_linear_model_is_the_closed_form(kit, key, bal
     for name in want:
         np.testing.assert_allclose(slope.total[name], want[name], atol=5e-6)
     assert float(slope.count) == 8
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 9])
+def test_a_growing_budget_is_the_closed_form_at_its_share(kit, key, step):
+    net, batch, eps = kit.linear(), kit.rows(), 0.3
+    batch["step"] = jnp.full(8, step, jnp.int32)
+    attack = attacks.pgd(threats.linf(eps, WIDE), steps=2, step_size=eps, start="zero", keep="last")
+    objective = train.pgd_at(attack, growth=train.schedules.growth(4))
+    got, _ = objective(net.apply, net.params, net.state, batch, key)
+    share = {0: 0.25, 1: 0.5, 3: 1.0, 9: 1.0}[step]
+    np.testing.assert_allclose(got, closed_form(net.params, batch, share * eps, 1), atol=2e-6)
+
+
+def test_the_step_of_training_tells_the_objective_its_number(kit, key):
+    """One step at share 1/2 equals one step at half the budget: the number comes from the state of training."""
+    net, batch, sgd = kit.linear(), kit.rows(), optax.sgd(0.5)
+
+    def moved(attack, at, **settings):
+        step = train.make_step(net.apply, train.pgd_at(attack, **settings), sgd)
+        state = trainer.init(key, net, sgd)._replace(step=jnp.int32(at))
+        return jax.jit(step)(state, batch)[0].params
+
+    def attack(eps):
+        return attacks.pgd(threats.linf(eps, WIDE), steps=1, step_size=eps, start="zero", keep="last")
+
+    got = moved(attack(0.3), 1, growth=train.schedules.growth(4))
+    np.testing.assert_allclose(got["w"], moved(attack(0.15), 1)["w"], atol=1e-6)
+    assert np.abs(got["w"] - moved(attack(0.3), 1)["w"]).max() > 1e-3
 
 
 def test_a_vanishing_budget_is_standard_training_to_the_bit(kit, key):

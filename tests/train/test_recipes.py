@@ -40,12 +40,13 @@ def test_a_recipe_gives_arguments_of_fit_and_a_train_set_apart_from_validation(n
 
 
 def test_fast_mnist_takes_the_published_step_and_the_published_shape_of_the_rate():
-    given = train.recipes.fast_mnist(source_for("mnist", 1200), seed=3, epochs=10, lr_max=5e-3)
+    given = train.recipes.fast_mnist(source_for("mnist", 1200), seed=3, attack_steps=1, growth=0, lr_max=5e-3)
     want = models.create("cnn_small", jax.random.key(3), shape=(28, 28, 1), classes=10)
     np.testing.assert_array_equal(jax.tree.leaves(given["trainable"].params)[0], jax.tree.leaves(want.params)[0])
     attack = given["objective"].keywords["attack"]
     assert (attack.threat.eps, attack.step_size, attack.max_steps, attack.keep) == (0.3, 0.375, 1, "last")
     assert attack.start == "unclipped" and given["batch_size"] == 100 and given["steps"] == 100
+    assert given["objective"].keywords["growth"] is None
     # Adam moves each parameter by the rate when the gradient does not change: 0, half way up, the peak, half way down
     optimizer, grads, params = given["optimizer"], {"w": np.float32(1)}, {"w": np.float32(0)}
     state, moves = optimizer.init(params), []
@@ -58,13 +59,24 @@ def test_fast_mnist_takes_the_published_step_and_the_published_shape_of_the_rate
 
 def test_the_start_of_fast_mnist_leaves_the_bounds_and_its_points_do_not(kit, key):
     x = jax.numpy.zeros((4, 28, 28, 1))
-    attack = train.recipes.fast_mnist(source_for("mnist"))["objective"].keywords["attack"]
+    attack = train.recipes.fast_mnist(source_for("mnist"), attack_steps=1)["objective"].keywords["attack"]
     model = jax.tree_util.Partial(lambda z: 3 * z.reshape(4, -1)[:, :2])
     state = attack.init(jax.random.split(key, 4), model, x, jax.numpy.zeros(4, int))
     assert float(state.point.min()) < -0.25 and float(state.point.max()) > 0.25
     assert abs(float(state.point.mean())) < 0.02
     found = attack.run(key, model, x, jax.numpy.zeros(4, int)).x
     assert float(found.min()) >= 0 and float(found.max()) <= np.float32(0.3)
+
+
+def test_fast_mnist_takes_several_steps_and_lets_the_budget_grow():
+    given = train.recipes.fast_mnist(source_for("mnist", 1200))
+    attack, growth = (given["objective"].keywords[name] for name in ("attack", "growth"))
+    assert (attack.threat.eps, attack.max_steps, attack.keep, attack.start) == (0.3, 5, "last", "random")
+    assert attack.step_size == pytest.approx(0.1)
+    np.testing.assert_allclose([growth(t) for t in (0, 9, 19, 99)], [0.05, 0.5, 1, 1])
+    for settings, words in (({"growth": 1.5}, "growth must be a fraction"), ({"attack_steps": 0}, "attack_steps must")):
+        with pytest.raises(ValueError, match=words):
+            train.recipes.fast_mnist(source_for("mnist", 1200), **settings)
 
 
 @pytest.mark.slow

@@ -57,3 +57,11 @@ def test_constant_and_the_table():
 def test_impossible_schedules_are_refused(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_growth_rises_to_one_and_stays():
+    rise = schedules.growth(4)
+    np.testing.assert_allclose([rise(t) for t in range(6)], [0.25, 0.5, 0.75, 1, 1, 1])
+    np.testing.assert_allclose(rise(np.arange(3)), [0.25, 0.5, 0.75])
+    with pytest.raises(ValueError, match="steps must be"):
+        schedules.growth(0)

@@ -270,4 +270,6 @@ def test_trained_takes_the_average_where_one_was_kept(kit, key):
         got = train.trained(net, state)
         want = state.ema if kept else state.params
         assert got.apply is net.apply
-        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(want), strict=True))
+        assert all(
+            np.array_equal(a, b) for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(want), strict=True)
+        )
