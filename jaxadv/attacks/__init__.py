@@ -7,6 +7,11 @@ from jaxadv.attacks.apgd import apgd as apgd
 from jaxadv.attacks.apgd import apgd_ce as apgd_ce
 from jaxadv.attacks.apgd import apgd_dlr as apgd_dlr
 from jaxadv.attacks.apgd import apgd_t as apgd_t
+from jaxadv.attacks.autoattack import Chain as Chain
+from jaxadv.attacks.autoattack import Stage as Stage
+from jaxadv.attacks.autoattack import Transfer as Transfer
+from jaxadv.attacks.autoattack import autoattack as autoattack
+from jaxadv.attacks.autoattack import transfer as transfer
 from jaxadv.attacks.blackbox import SquareAttack as SquareAttack
 from jaxadv.attacks.blackbox import square as square
 from jaxadv.attacks.gradient import GradientAttack as GradientAttack

@@ -1,4 +1,4 @@
-"""The command line: `jaxadv demo | train | evaluate | attack | report | list | claims | bench`.
+"""The command line: `jaxadv demo | train | evaluate | attack | report | verify-report | list | claims | bench`.
 
 What lives here: `main`, which parses, sets jax up, runs a command, and turns what went wrong into one paragraph and
 an exit code. This room is the only place that prints, reads the environment or touches `jax.config`. Commands are
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, config: Common) -> int:
     room = importlib.import_module(f"jaxadv.cli.{_HOME.get(command, 'commands')}")
-    return int(getattr(room, f"run_{command}")(config))
+    return int(getattr(room, f"run_{command.replace('-', '_')}")(config))
 
 
 def _complain(text: str, code: int, prefix: str = "jaxadv: ") -> int:

@@ -1,4 +1,4 @@
-"""The commands that measure and show: `evaluate`, `attack`, `report`, `list`, and the doors to `claims` and `bench`.
+"""The commands that measure and show: `evaluate`, `attack`, `report`, `verify-report`, `list`, `claims`, `bench`.
 
 What lives here: from a configuration to calls of the rooms, and what is printed about the answer. What does not:
 training (`training.py`), loading models and data (`sources.py`), any measuring (room `evaluate`).
@@ -6,6 +6,8 @@ training (`training.py`), loading models and data (`sources.py`), any measuring 
 
 import dataclasses
 import inspect
+import json
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,12 +20,15 @@ from jaxadv import data as data_room
 from jaxadv import evaluate, models, train
 from jaxadv.attacks import ATTACKS
 from jaxadv.cli import configs, files, sources
-from jaxadv.cli.errors import FLAGGED, OK, UsageError
+from jaxadv.cli.errors import FLAGGED, OK, Stopped, UsageError
 from jaxadv.cli.parsing import fraction
 from jaxadv.cli.progress import Progress, note, say, table
 from jaxadv.core import Targets, atomic_write, check
 from jaxadv.evaluate.engine import evaluate as measure
 from jaxadv.threats import THREATS
+
+EVALUATION = "evaluation.json"
+"""File beside a report that says which MODEL it is about."""
 
 
 def percent(value: float, interval: Iterable[float] | None = None) -> str:
@@ -60,17 +65,15 @@ def show_models(report: evaluate.Report) -> None:
       report: the report.
     """
     data, n = report.data, report.models[0].n
-    rows = [
-        (
-            m.name,
-            percent(m.clean_accuracy, m.clean_interval),
-            percent(m.robust_accuracy, m.robust_interval),
-            budget(m.threat),
-        )
-        for m in report.models
-    ]
+    certified = any(m.certified_accuracy is not None for m in report.models)
+    rows = []
+    for m in report.models:
+        lower = () if m.certified_accuracy is None else (percent(m.certified_accuracy, m.certified_interval),)
+        shown = (percent(m.clean_accuracy, m.clean_interval), percent(m.robust_accuracy, m.robust_interval))
+        rows.append((m.name, *shown, *((lower or ("-",)) if certified else ()), budget(m.threat)))
     where = f"{data['name']} ({data['split']})" if data["split"] else data["name"]
-    table(f"{where}, {n} examples", ("model", ">clean accuracy", ">robust accuracy", "threat"), rows)
+    head = ("model", ">clean accuracy", ">robust accuracy", *((">certified",) if certified else ()), "threat")
+    table(f"{where}, {n} examples", head, rows)
 
 
 def show_flags(report: evaluate.Report) -> None:
@@ -162,25 +165,41 @@ def run_evaluate(config: configs.Evaluate) -> int:
     threats = [sources.threat(config.norm, eps, source) for eps in budgets]
     save_adv = files.npz_path(config.save_adv)
     files.writable(config.out)
+    surrogate = None if config.surrogate is None else sources.load_model(config.surrogate).model
     x, y = source.all()
-    with Progress() as progress:
-        report = measure(
-            jax.random.key(config.seed),
-            loaded.model,
-            x,
-            y,
-            threats[0],
-            attacks=stages,
-            restarts=config.restarts,
-            name=config.name or loaded.name,
-            index=source.index,
-            batch_size=config.batch_size,
-            eps_curve=budgets if len(budgets) > 1 else (),
-            targets=targets,
-            data=source,
-            seed=config.seed,
-            progress=lambda done, total, stage: progress(done, total, "evaluate", stage),
-        )
+    try:
+        with Progress() as progress:
+            report = measure(
+                jax.random.key(config.seed),
+                loaded.model,
+                x,
+                y,
+                threats[0],
+                attacks=stages,
+                restarts=config.restarts,
+                name=config.name or loaded.name,
+                index=source.index,
+                batch_size=config.batch_size,
+                slots=config.slots,
+                mesh=_mesh(config.devices),
+                search_dtype=config.search_dtype,
+                eps_curve=budgets if len(budgets) > 1 else (),
+                targets=targets,
+                surrogate=surrogate,
+                diagnostics=config.diagnose,
+                journal=config.out,
+                resume=config.resume,
+                measure=config.measure,
+                data=source,
+                seed=config.seed,
+                progress=lambda done, total, stage: progress(done, total, "evaluate", stage),
+            )
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"interrupted; what was finished is in {config.out}. Go on with the same command and --resume."
+        ) from None
+    where = {"model": config.model, "name": report.models[0].name}
+    atomic_write(config.out / EVALUATION, lambda file: file.write((json.dumps(where, indent=2) + "\n").encode()))
     report.save(config.out)
     model = report.models[0]
     if save_adv is not None:
@@ -211,6 +230,13 @@ def run_evaluate(config: configs.Evaluate) -> int:
     show_flags(report)
     say(f"Report: {config.out / 'report.html'} (and report.json, report.md).")
     return exit_code(report)
+
+
+def _mesh(devices: int | None) -> Any:
+    """A mesh over so many devices; None for one."""
+    if devices is None or devices == 1:
+        return None
+    return jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ("data",))
 
 
 def _save_adversarial(path: Path, x: Any, x_adv: Any, y: Any, index: Any, success: Any, threat: Any) -> None:
@@ -314,6 +340,7 @@ def _worst(
 ) -> Any:
     """Run all restarts; keep for each example the first verified success, else the last point."""
     n, batch = len(x), min(config.batch_size, len(x))
+    server = evaluate.Server(model, x, goal, index=index, slots=config.slots, mesh=_mesh(config.devices))
     found = {"x_adv": x.copy(), "success": np.zeros(n, bool), "predicted": np.full(n, -1), "size": np.zeros(n)}
     found |= {name: np.zeros(n, np.int64) for name in ("queries", "grads")} | {"refused": 0}
     done = 0
@@ -321,12 +348,8 @@ def _worst(
         rows = np.flatnonzero(~found["success"])
         if not len(rows):
             break
-        part = jax.tree.map(lambda a, rows=rows: a[rows], goal)
-        served = evaluate.survivors(
-            attack, key, model, x[rows], part, index=index[rows], restart=restart, batch_size=batch
-        )
-        for places, result in served:
-            at, points = rows[places], np.asarray(result.x, np.float32)
+        for at, result in server.drain(attack, key, rows, restart=restart):
+            points = np.asarray(result.x, np.float32)
             mine = jax.tree.map(lambda a, at=at: a[at], goal)
             verdict = evaluate.verify(model, points, x[at], mine, threat, batch_size=batch)
             found["refused"] += int((np.asarray(result.success) & ~verdict.broken).sum())
@@ -392,6 +415,13 @@ def run_report(config: configs.Report) -> int:
             "report needs at least one file report.json or a folder that holds one; got none. E.g. jaxadv report demo"
         )
     loaded = [_read(path) for path in config.reports]
+    if config.robustbench is not None:
+        if config.robustbench.suffix != ".json":
+            raise UsageError(f"--robustbench must end in .json; got {config.robustbench}. E.g. --robustbench rb.json")
+        files.writable(config.robustbench.parent, "--robustbench")
+        text = json.dumps([entry for report in loaded for entry in report.robustbench()], indent=2) + "\n"
+        atomic_write(config.robustbench, lambda file: file.write(text.encode()))
+        say(f"RobustBench entries: {config.robustbench}")
     if config.out is None:
         for report in loaded:
             show_models(report)
@@ -422,6 +452,46 @@ def _read(path: Path) -> evaluate.Report:
         return evaluate.load(path)
     except ValueError as error:
         raise UsageError(f"{file} must be a report of jaxadv; {error}") from error
+
+
+def run_verify_report(config: configs.VerifyReport) -> int:
+    """Check the adversarial examples of a stored report again.
+
+    Args:
+      config: the arguments.
+
+    Returns:
+      The exit code: 1 if an example does not hold.
+
+    Raises:
+      UsageError: if there is no report, no examples, or no model.
+    """
+    folder = config.report if config.report.is_dir() else config.report.parent
+    report = _read(config.report)
+    if report.x is None:
+        raise UsageError(
+            f"verify-report needs the examples, {folder / 'adversarial.npz'}; there is no such file. Evaluate again."
+        )
+    spec = config.model
+    if spec is None:
+        try:
+            spec = str(json.loads((folder / EVALUATION).read_text())["model"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"verify-report needs the model; {folder / EVALUATION} names none. "
+                f"Pass it: jaxadv verify-report {shlex.quote(str(config.report))} --model MODEL"
+            ) from None
+    model = sources.load_model(spec).model
+    wrong = evaluate.verify_report(report, model, batch_size=config.batch_size)
+    checked = sum(by >= 0 for m in report.models for by in m.examples["by"])
+    for place, row, words in wrong:
+        note(f"{report.models[place].name}: example {report.models[place].examples['index'][row]} (row {row}): {words}")
+    if wrong:
+        rows = len({(place, row) for place, row, _ in wrong})
+        say(f"{rows} rows of the report do not hold; {checked} adversarial examples were checked.")
+        return FLAGGED
+    say(f"All {checked} adversarial examples hold: float32, within bounds and budget, misclassified by {spec}.")
+    return OK
 
 
 def _merged(loaded: list[evaluate.Report], paths: tuple[Path, ...]) -> evaluate.Report:
@@ -472,7 +542,7 @@ def _protocol(stages: Any) -> str:
         shown = f" ({', '.join(settings)})" if settings else ""
         return name + shown + (f" x {stage.restarts}" if stage.restarts > 1 else "")
 
-    return ", then ".join(words(stage) for stage in stages)
+    return ", then ".join(words(stage) for stage in stages("linf"))
 
 
 def run_list(config: configs.List) -> int:

@@ -152,7 +152,7 @@ class Evaluate(Machine):
     """Attacks by name, joined by commas (pgd,fgsm), in the place of the protocol."""
 
     protocol: str | None = None
-    """A fixed suite of attacks (`jaxadv list protocols`); default standard."""
+    """A fixed suite of attacks (`jaxadv list protocols`); default standard, which is AutoAttack."""
 
     restarts: int | None = None
     """Runs of each attack with new random starts; default that of the protocol, 1 with --attacks."""
@@ -164,10 +164,28 @@ class Evaluate(Machine):
     """The model's name in the report; default that of its file or folder."""
 
     batch_size: int = 500
-    """Examples attacked at once."""
+    """Examples of a forward pass outside the attacks."""
+
+    slots: int | None = None
+    """Examples attacked at once on each device; default chosen from the device's memory."""
+
+    search_dtype: Literal["bfloat16"] | None = None
+    """Let the attacks follow the model in bfloat16; verdicts stay in float32."""
+
+    surrogate: str | None = None
+    """Another MODEL whose gradients an attack `transfer` follows, after the others."""
+
+    diagnose: bool = False
+    """Also run the diagnosis of the evaluation itself (randomness, masked gradients, sanity checks)."""
+
+    measure: bool = False
+    """Also time the model, for the overhead of each attack in the report's timing."""
 
     out: Path = Path("evaluation")
-    """Folder for report.json, report.html, report.md, adversarial.npz."""
+    """Folder for report.json, report.html, report.md, adversarial.npz, and the journal of finished examples."""
+
+    resume: bool = False
+    """Go on with the evaluation in --out that was stopped; repeat its other arguments."""
 
     save_adv: Path | None = None
     """Also write x, x_adv, y, index, success, size to this .npz file."""
@@ -214,7 +232,10 @@ class Attack(Machine):
     """Targeted attack: next, random, least_likely, or the number of a class (whose examples are left out)."""
 
     batch_size: int = 500
-    """Examples attacked at once."""
+    """Examples of a forward pass outside the attack."""
+
+    slots: int | None = None
+    """Examples attacked at once; default chosen from the device's memory."""
 
     save_adv: Path | None = None
     """Write x, x_adv, y, index, success, size to this .npz file."""
@@ -229,6 +250,26 @@ class Report(Common):
 
     out: Path | None = None
     """The page, page.html or page.md; without it a table is printed."""
+
+    robustbench: Path | None = None
+    """Also write the entries of a RobustBench leaderboard, one for each model, to this .json file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport(Machine):
+    """Check every adversarial example of a stored report again, from the disk.
+
+    Each must be float32, inside bounds and budget, and misclassified by the model. Exit code 1 if one is not.
+    """
+
+    report: tyro.conf.Positional[Path]
+    """The folder of a report (with adversarial.npz), or its report.json."""
+
+    model: str | None = None
+    """MODEL, as for evaluate; default the one that `jaxadv evaluate` wrote down beside the report."""
+
+    batch_size: int = 500
+    """Examples of a forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +317,7 @@ COMMANDS: dict[str, type[Common]] = {
     "evaluate": Evaluate,
     "attack": Attack,
     "report": Report,
+    "verify-report": VerifyReport,
     "list": List,
     "claims": Claims,
     "bench": Bench,

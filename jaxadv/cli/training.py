@@ -271,6 +271,7 @@ def run_demo(config: Demo) -> int:
                     x,
                     y,
                     threat,
+                    attacks="gradient",
                     name=title,
                     index=test.index,
                     data=test,

@@ -113,12 +113,17 @@ def begin(attack: Any, key: Any, model: Any, data: Data, queue: Any, restart: An
     Returns:
       The board before the first exchange.
     """
-    first = _take(data, queue[jnp.zeros(block_of(slots), jnp.int32)])
-    state = canonical(_fresh)(attack, key, model, first, restart)
-    copies = jnp.arange(slots) % block_of(slots)
+    held = _take(data, jnp.zeros(slots, jnp.int32))
+
+    def blank(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.broadcast_to(key, leaf.shape)
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    state = jax.tree.map(blank, jax.eval_shape(_fresh, attack, key, model, held, restart))
     zero = queue[:1] * 0
     none = jnp.broadcast_to(zero, (slots,))
-    return Board(_take(state, copies), _take(first, copies), none - 1, none, zero, zero, zero, zero)
+    return Board(state, held, none - 1, none, zero, zero, zero, zero)
 
 
 def advance_board(

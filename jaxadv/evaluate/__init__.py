@@ -5,14 +5,11 @@ import sys
 import types
 
 from jaxadv.evaluate import engine
-from jaxadv.evaluate.engine import TARGET_RULES as TARGET_RULES
-from jaxadv.evaluate.engine import Verdict as Verdict
-from jaxadv.evaluate.engine import logits_of as logits_of
-from jaxadv.evaluate.engine import survivors as survivors
-from jaxadv.evaluate.engine import verify as verify
 from jaxadv.evaluate.flags import FLAGS as FLAGS
 from jaxadv.evaluate.flags import Flag as Flag
+from jaxadv.evaluate.inputs import TARGET_RULES as TARGET_RULES
 from jaxadv.evaluate.intervals import clopper_pearson as clopper_pearson
+from jaxadv.evaluate.journal import Journal as Journal
 from jaxadv.evaluate.protocols import PROTOCOLS as PROTOCOLS
 from jaxadv.evaluate.protocols import Stage as Stage
 from jaxadv.evaluate.report import SCHEMA as SCHEMA
@@ -22,6 +19,10 @@ from jaxadv.evaluate.report import load as load
 from jaxadv.evaluate.report import merge as merge
 from jaxadv.evaluate.slots import Server as Server
 from jaxadv.evaluate.slots import drain as drain
+from jaxadv.evaluate.verdict import Verdict as Verdict
+from jaxadv.evaluate.verdict import logits_of as logits_of
+from jaxadv.evaluate.verdict import verify as verify
+from jaxadv.evaluate.verdict import verify_report as verify_report
 
 
 class _Room(types.ModuleType):

@@ -1,7 +1,8 @@
 """The evaluation: attacks on the survivors of one another, every success verified, every example accounted for.
 
-What lives here: the loop over budgets, attacks and restarts, the one verdict (`verify`), protocols as data, and the
-seam through which attacks are served (`survivors`). What does not: attacks, flags, intervals, pages.
+What lives here: the loop over budgets, attacks and restarts, what is entered about each example, and what a resumed run
+takes over from its journal. What does not: attacks, how they are served (`slots`), the verdict (`verdict`), flags,
+intervals, pages.
 
 The rules of honesty:
 
@@ -11,63 +12,54 @@ The rules of honesty:
    model asked again through a forward pass of its own at matrix precision "highest". What an attack claims about itself
    decides nothing.
 3. Logits that are not finite never count as robust; a point that is not finite never counts as found.
-4. Robust accuracy is the worst case over attacks, restarts and smaller budgets of the security curve.
+4. Robust accuracy is the worst case over attacks, restarts and smaller budgets of the security curve: an upper bound.
+   With a certificate there is a lower bound beside it; certified examples are not attacked, so an attack that would
+   contradict the certificate is not looked for.
 
-Programs: one for each (attack structure, batch shape). Attack, model and key are arguments of one jitted function, so
-other budgets and other weights reuse it.
+Programs: one for each (attack structure, number of slots). Attack, model and key are arguments of one jitted function,
+so other budgets and other weights reuse it.
 """
 
 import dataclasses
-import hashlib
-import math
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv import __version__
-from jaxadv.core import Attack, Result, Targets, Threat, check, example_keys, feasible, run
+from jaxadv.attacks.autoattack import fitting, transfer
+from jaxadv.core import Threat, check, example_keys
 from jaxadv.evaluate import flags as red
+from jaxadv.evaluate.inputs import TARGET_RULES as TARGET_RULES
+from jaxadv.evaluate.inputs import Problem, check_curve, choose_targets, data_entry, problem_of, versions
 from jaxadv.evaluate.intervals import share
-from jaxadv.evaluate.protocols import Stage, build, describe, stages_of, with_eps
-from jaxadv.evaluate.report import MISCLASSIFIED, ROBUST, ModelReport, Report
+from jaxadv.evaluate.journal import Journal, digest
+from jaxadv.evaluate.protocols import PROTOCOLS, Each, Stage, build, describe, stages_of, with_eps
+from jaxadv.evaluate.report import CERTIFIED, MISCLASSIFIED, ROBUST, ModelReport, Report
+from jaxadv.evaluate.slots import Server
+from jaxadv.evaluate.verdict import as_pytree, batches, cut, forward, host, logits_of
+from jaxadv.evaluate.verdict import verify as verify
 
-TARGET_RULES = ("random", "next", "least_likely")
 
+class Outcome(NamedTuple):
+    """What became of rows that an attack has finished with: one entry for each row, and the points that broke.
 
-class Verdict(NamedTuple):
-    """What a point is worth, one row for each example; numpy arrays."""
+    It is what the journal stores; a fresh and a resumed run enter the same outcomes.
+    """
 
+    row: np.ndarray
     feasible: np.ndarray
     broken: np.ndarray
     size: np.ndarray
     predicted: np.ndarray
-
-
-class Problem(NamedTuple):
-    """Checked arguments, on the host."""
-
-    key: Any
-    model: Any
-    x: np.ndarray
-    y: np.ndarray
-    target: np.ndarray | None
-    index: np.ndarray
-    batch: int
-
-    def goal(self, rows: np.ndarray) -> Any:
-        """Return what the attacks on these rows are given in the place of `y`."""
-        if self.target is None:
-            return self.y[rows]
-        return Targets(self.y[rows], self.target[rows])  # pyright: ignore[reportArgumentType]
-
-    def judge(self, rows: np.ndarray, points: np.ndarray, threat: Threat) -> Verdict:
-        """Return the verdict on points for these rows, under a threat cut for them."""
-        return _verdict(self.model, points, self.x[rows], self.goal(rows), _host(threat), self.batch)
+    claimed: np.ndarray
+    queries: np.ndarray
+    grads: np.ndarray
+    zero_gradient: np.ndarray
+    nonfinite: np.ndarray
+    points: np.ndarray  # of the broken rows, in their order
 
 
 @dataclasses.dataclass
@@ -88,27 +80,56 @@ class Ledger:
         """Return the rows that an attack has broken."""
         return np.flatnonzero(self.by >= 0)
 
-    def write(self, rows: np.ndarray, points: np.ndarray, verdict: Verdict, by: int, restart: int) -> None:
-        """Enter the broken ones among these rows."""
+    def write(self, rows: np.ndarray, points: np.ndarray, verdict: Any, by: int, restart: int) -> None:
+        """Enter the broken ones among these rows; `points` are theirs."""
         hit = verdict.broken
         at = rows[hit]
         self.by[at], self.restart[at] = by, restart
         self.size[at], self.adversarial[at] = verdict.size[hit], verdict.predicted[hit]
-        self.x[at] = points[hit]
+        self.x[at] = points
+
+    def certified(self) -> np.ndarray:
+        """Return the rows that a certificate covers."""
+        return np.flatnonzero(self.by == CERTIFIED)
 
     def copy(self) -> "Ledger":
         """Return a copy that shares no memory."""
         return Ledger(*(getattr(self, f.name).copy() for f in dataclasses.fields(self)))
 
 
-@jax.jit
-def _forward(model, x):
-    return model(x)
+@dataclasses.dataclass
+class Work:
+    """What all passes over the examples share."""
+
+    problem: Problem
+    base: Threat
+    stages: tuple[Stage, ...]
+    server: Server
+    searches: tuple[tuple[str, Any], ...]  # precision and model of the search; the last is the model itself
+    margin: np.ndarray
+    batch: int
+    certificate: Callable | None
+    journal: Journal | None
+    tick: "_Progress"
+    retried: int = 0
+
+    def past(self, name: str) -> list[dict[str, np.ndarray]]:
+        """Return the blocks that an earlier run left under a name."""
+        return self.journal.past.get(name, []) if self.journal is not None else []
+
+    def keep(self, name: str, **columns: Any) -> None:
+        """Put a block on the disk."""
+        if self.journal is not None:
+            self.journal.append(name, **columns)
 
 
-@jax.jit
-def _attack(attack, key, model, x, y, index, restart):
-    return run(attack, key, model, x, y, index=index, restart=restart)
+class Search(NamedTuple):
+    """One pass: an attack, the model it follows, its place in the order of things, and the number of the restart."""
+
+    attack: Any
+    model: Any
+    name: str
+    restart: int
 
 
 @jax.jit
@@ -116,180 +137,25 @@ def _noise(threat, key, x, index):
     return threat.sample(example_keys(key, "noise", index, 0), x)
 
 
-def _batches(rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut rows into batches of one size; the last is filled up with its own last row."""
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        yield np.concatenate([part, np.repeat(part[-1:], batch - len(part))]), len(part)
+def _lower(model: Any, x: Any) -> Any:
+    return model(x.astype(jnp.bfloat16)).astype(jnp.float32)
 
 
-def logits_of(model: Any, x: np.ndarray, batch_size: int = 500) -> np.ndarray:
-    """Ask the model, batch by batch, at matrix precision "highest".
+def bfloat16(model: Any) -> Any:
+    """Return the model with weights and inputs in bfloat16 and logits in float32.
 
     Args:
-      model: logits from a batch.
-      x: `[n, ...]`.
-      batch_size: rows of a batch; the last is padded.
+      model: logits from a batch, a callable pytree.
 
     Returns:
-      float32 `[n, k]`.
+      The model that a search may follow; verdicts never ask it.
     """
-    return _logits(model, x, min(batch_size, len(x)))
 
+    def low(leaf):
+        wide = hasattr(leaf, "dtype") and leaf.dtype in (np.float32, np.float64)
+        return jnp.asarray(leaf, jnp.bfloat16) if wide else leaf
 
-def _logits(model: Any, x: np.ndarray, batch: int) -> np.ndarray:
-    """Logits through batches of exactly this many rows, so that few rows do not ask for a program of their own."""
-    with jax.default_matmul_precision("highest"):
-        found = [np.asarray(_forward(model, x[rows]), np.float32)[:m] for rows, m in _batches(np.arange(len(x)), batch)]
-    return np.concatenate(found)
-
-
-def verify(model: Any, x_adv: Any, x: Any, y: Any, threat: Threat, *, batch_size: int = 500) -> Verdict:
-    """Judge points apart from the attack that made them; also stored ones and ones from elsewhere.
-
-    Args:
-      model: logits from a batch.
-      x_adv: `[n, ...]` the points; judged as float32.
-      x: `[n, ...]` the examples they belong to.
-      y: int `[n]` labels, or `Targets`.
-      threat: the allowed set; its `eps` a number or `[n]`.
-      batch_size: rows of a forward pass.
-
-    Returns:
-      `feasible`, `broken` (feasible, and the logits are not finite, or the largest is not the label's or, with targets,
-      is the target's), `size` in float64, `predicted` class (-1 where logits are not finite).
-
-    Raises:
-      ValueError: if the shapes of `x_adv` and `x` differ.
-    """
-    x_adv, x = np.asarray(x_adv, np.float32), np.asarray(x, np.float32)
-    if x_adv.shape != x.shape:
-        raise ValueError(f"x_adv must have the shape of x, {x.shape}; got {x_adv.shape}. Points of another selection?")
-    return _verdict(_callable(model), x_adv, x, y, _host(threat), min(batch_size, len(x)))
-
-
-def _verdict(model: Any, x_adv: np.ndarray, x: np.ndarray, y: Any, threat: Threat, batch: int) -> Verdict:
-    """The verdict of `verify`, through batches of exactly this many rows; the threat has numpy leaves."""
-    allowed, size = np.zeros(len(x), bool), np.zeros(len(x))
-    for start in range(0, len(x), batch):
-        rows = slice(start, start + batch)
-        part = _cut(threat, np.arange(len(x))[rows], len(x))
-        with np.errstate(invalid="ignore"):
-            allowed[rows] = feasible(part, x_adv[rows], x[rows])
-            size[rows] = part.size(x_adv[rows].astype(np.float64), x[rows].astype(np.float64))
-    logits = _logits(model, x_adv, batch)
-    finite = np.isfinite(logits).all(-1)
-    predicted = np.where(finite, logits.argmax(-1), -1)
-    wrong = predicted == np.asarray(y.target) if isinstance(y, Targets) else predicted != np.asarray(y)
-    return Verdict(allowed, allowed & (wrong | ~finite), size, predicted)
-
-
-def survivors(
-    attack: Any, key: Any, model: Any, x: np.ndarray, y: Any, *, index: np.ndarray, restart: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, Result]]:
-    """Run an attack on a queue of examples. The seam: another way of serving replaces this function and nothing else.
-
-    Args:
-      attack: an attack, or a function from row numbers to the attack on these rows.
-      key: a typed key.
-      model: logits from a batch.
-      x: `[m, ...]` the queue.
-      y: labels or `Targets`, `[m]`.
-      index: int `[m]` dataset indices.
-      restart: number of the restart.
-      batch_size: rows of a batch.
-
-    Yields:
-      `(rows, result)`: row numbers in the queue, in any order, each once, with their results as numpy arrays.
-    """
-    for rows, real in _batches(np.arange(len(x)), batch_size):
-        one = attack if isinstance(attack, Attack) else attack(rows)
-        goal = jax.tree.map(lambda a, rows=rows: a[rows], y)
-        found = _attack(one, key, model, x[rows], goal, index[rows], np.uint32(restart))
-        yield rows[:real], jax.tree.map(lambda a, real=real: np.asarray(a)[:real], found)
-
-
-def _callable(model: Any) -> Any:
-    """Make a plain function a pytree; leave pytrees alone."""
-    leaves = jax.tree.leaves(model)
-    return jax.tree_util.Partial(model) if len(leaves) == 1 and leaves[0] is model else model
-
-
-def _host(threat: Threat) -> Threat:
-    """The threat with numpy leaves, so that verdicts are taken in float64."""
-    return jax.tree.map(np.asarray, threat)
-
-
-def _cut(threat: Threat, rows: np.ndarray, n: int) -> Threat:
-    """The threat for some of n rows, where each has a budget of its own."""
-    eps = np.asarray(threat.eps)
-    if eps.ndim == 0:
-        return threat
-    if eps.shape != (n,):
-        raise ValueError(f"eps must be a number or one for each of the {n} examples; got shape {eps.shape}.")
-    return dataclasses.replace(threat, eps=eps[rows])  # pyright: ignore[reportArgumentType]
-
-
-def _check_model(model: Any, x: np.ndarray) -> int:
-    """Trace the model once on abstract values; return the number of classes or say what is wrong."""
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    try:
-        out = jax.eval_shape(model, shape)
-    except Exception as error:
-        hint = "Examples of another data set, or a model that takes keyword arguments?"
-        if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
-            hint = "This looks like channels first (NCHW); images are [b, h, w, c]: pass x.transpose(0, 2, 3, 1)."
-        elif x.ndim == 4:
-            hint = "A model that wants channels first (NCHW)? Transpose inside the model: x.transpose(0, 3, 1, 2)."
-        elif x.ndim in (2, 3):
-            hint = "A model that wants images [b, h, w, c]? Reshape x, or reshape inside the model."
-        short = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise ValueError(
-            f"the model must take a batch of shape {x.shape}; it raised {type(error).__name__}: {short}. {hint}"
-        ) from error
-    check.logits(out, x.shape[0])
-    return int(out.shape[1])
-
-
-def _check_curve(threat: Threat, eps_curve: Sequence[float]) -> tuple[float, ...]:
-    """Return the budgets to evaluate, rising; the threat's own is among them if there is a curve."""
-    names = [f.name for f in dataclasses.fields(threat)] if dataclasses.is_dataclass(threat) else []
-    for eps in eps_curve:
-        check.positive("every eps of eps_curve", eps, "The accuracy at 0 is the clean accuracy.")
-    if len(eps_curve) and ("eps" not in names or np.ndim(threat.eps)):
-        raise ValueError(
-            f"eps_curve needs a threat with one number as its budget; got {threat.norm!r}. Evaluate each budget by "
-            f"itself."
-        )
-    main = float(np.max(np.asarray(threat.eps)))
-    return tuple(sorted({float(e) for e in eps_curve if not math.isclose(e, main, rel_tol=1e-6)} | {main}))
-
-
-def _targets(targets: Any, key: Any, y: np.ndarray, index: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, str]:
-    """Return the target class of every example and the name of the rule."""
-    k = logits.shape[1]
-    if not isinstance(targets, str):
-        check.labels(targets, len(y), k, name="targets")
-        target, rule = np.asarray(targets, np.int32), "given"
-    else:
-        rule = check.choice("rule for targets", targets, TARGET_RULES)
-        if rule == "next":
-            target = (y + 1) % k
-        elif rule == "random":
-            keys = example_keys(key, "targets", jnp.asarray(index))
-            draw = np.asarray(jax.vmap(lambda one: jax.random.randint(one, (), 1, k))(keys))
-            target = (y + draw) % k
-        else:
-            others = np.where(np.arange(k) == y[:, None], np.inf, np.nan_to_num(logits, nan=np.inf))
-            target = others.argmin(-1)
-    same = np.flatnonzero(target == y)
-    if len(same):
-        raise ValueError(
-            f"targets must differ from the labels; got the label itself for {len(same)} examples, first at row "
-            f"{same[0]}. "
-            "Leave those examples out, or pass targets='next'."
-        )
-    return target.astype(np.int32), rule
+    return jax.tree_util.Partial(_lower, jax.tree.map(low, model))
 
 
 class _Progress:
@@ -320,67 +186,127 @@ class _Seen(NamedTuple):
     seconds: float
 
 
-def _run_stage(
-    problem: Problem, stage: Stage, number: int, base: Threat, threat: Threat, ledger: Ledger, tick: _Progress
-) -> _Seen:
+def _judged(work: Work, rows: np.ndarray, result: Any, threat: Threat) -> Outcome:
+    """Judge what an attack returned for some rows."""
+    points = np.asarray(result.x, np.float32)
+    verdict = work.problem.judge(rows, points, cut(threat, rows, len(work.problem.x)), work.batch)
+    none = np.zeros(len(rows), bool)
+    return Outcome(
+        row=rows,
+        **verdict._asdict(),
+        claimed=np.asarray(result.success, bool),
+        queries=np.asarray(result.queries),
+        grads=np.asarray(result.grads),
+        zero_gradient=np.asarray(result.flags.get("zero_gradient", none), bool),
+        nonfinite=np.asarray(result.flags.get("nonfinite", none), bool) | (verdict.feasible & (verdict.predicted < 0)),
+        points=points[verdict.broken],
+    )
+
+
+def _outcomes(work: Work, search: Search, queue: np.ndarray, threat: Threat) -> Iterator[Outcome]:
+    """Give what the journal knows about a pass, then serve the other rows and note them there."""
+    rest = queue
+    for block in work.past(search.name):
+        outcome = Outcome(**block)
+        rest = rest[~np.isin(rest, outcome.row)]
+        yield outcome
+    slots = work.server.slots
+    served = work.server.drain(search.attack, work.problem.key, rest, restart=search.restart, model=search.model)
+    for rows, result in served:
+        outcome = _judged(work, rows, result, threat)
+        if work.server.slots != slots:
+            slots = work.server.slots
+            work.keep("slots", slots=slots)
+        work.keep(search.name, **outcome._asdict())
+        yield outcome
+
+
+def _run_stage(work: Work, number: int, threat: Threat, ledger: Ledger, place: int) -> _Seen:
     """Run all restarts of one attack on what is left, verify what it returns, and enter it in the ledger."""
-    start, n, apart = time.perf_counter(), len(problem.x), np.ndim(threat.eps) > 0
-    attack = build(stage, base, _cut(threat, np.arange(problem.batch), n))
+    start, n, stage = time.perf_counter(), len(work.problem.x), work.stages[number]
+    attack = build(stage, work.base, threat)
+    served = Each(with_eps(work.base, 1.0), stage) if np.ndim(threat.eps) else attack
     counts = dict.fromkeys(("claimed", "refused", "queries", "grads"), 0)
     before, tried, zero, nonfinite, sizes = len(ledger.open()), 0, 0, np.zeros(n, bool), []
     for restart in range(stage.restarts):
         label = f"{attack.name}, restart {restart + 1} of {stage.restarts}, eps {float(np.max(threat.eps)):.4g}"
         queue = ledger.open()
-        tick(n - len(queue), label)
-        one = attack if not apart else lambda part, queue=queue: build(stage, base, _cut(threat, queue[part], n))
-        served = survivors(
-            one,
-            problem.key,
-            problem.model,
-            problem.x[queue],
-            problem.goal(queue),
-            index=problem.index[queue],
-            restart=restart,
-            batch_size=problem.batch,
-        )
-        for part, result in served:
-            rows, points = queue[part], np.asarray(result.x, np.float32)
-            allowed = _cut(threat, rows, n)
-            verdict = problem.judge(rows, points, allowed)
-            ledger.write(rows, points, verdict, number, restart)
-            claimed = np.asarray(result.success, bool)
-            counts["claimed"] += int(claimed.sum())
-            counts["refused"] += int((claimed & ~verdict.broken).sum())
-            counts["queries"] += int(np.sum(result.queries, dtype=np.int64))
-            counts["grads"] += int(np.sum(result.grads, dtype=np.int64))
-            tried += len(rows)
-            zero += int(np.sum(result.flags.get("zero_gradient", 0)))
-            nonfinite[rows] |= result.flags.get("nonfinite", False) | (verdict.feasible & (verdict.predicted < 0))
-            sizes.append(np.stack([verdict.size / np.asarray(allowed.eps, np.float64), verdict.broken], -1))
-            tick(n - len(ledger.open()), label)
-        tick.close(label)
+        # Firm examples first: they take the longest, so the quick ones fill the slots in the end.
+        queue = queue[np.argsort(-work.margin[queue], kind="stable")]
+        work.tick(n - len(queue), label)
+        for precision, model in work.searches:
+            last, refused = precision == work.searches[-1][0], []
+            search = Search(served, model, f"{place}/{number}/{restart}/{precision}", restart)
+            for outcome in _outcomes(work, search, queue, threat):
+                rows, allowed = outcome.row, cut(threat, outcome.row, n)
+                ledger.write(rows, outcome.points, outcome, number, restart)
+                refused.append(rows[outcome.claimed & ~outcome.broken])
+                if last:
+                    counts["claimed"] += int(outcome.claimed.sum())
+                    counts["refused"] += len(refused[-1])
+                counts["queries"] += int(np.sum(outcome.queries, dtype=np.int64))
+                counts["grads"] += int(np.sum(outcome.grads, dtype=np.int64))
+                tried += len(rows)
+                zero += int(outcome.zero_gradient.sum())
+                nonfinite[rows] |= outcome.nonfinite
+                sizes.append(np.stack([outcome.size / np.asarray(allowed.eps, np.float64), outcome.broken], -1))
+                work.tick(n - len(ledger.open()), label)
+            if not last:  # what only the lower precision believed is searched again
+                again = np.concatenate([*refused, queue[:0]])
+                queue = queue[np.isin(queue, again)]
+                work.retried += len(queue)
+        work.tick.close(label)
     after = len(ledger.open())
     row = {"name": attack.name, "settings": describe(attack), "restarts": stage.restarts, "attacked": before}
     row |= {"broken": before - after, "claimed": counts["claimed"], "refused": counts["refused"]}
-    row |= {"robust_accuracy_after": after / n, "queries": counts["queries"], "grads": counts["grads"]}
+    row |= {"robust_accuracy_after": _held(ledger) / n, "queries": counts["queries"], "grads": counts["grads"]}
     sizes = np.concatenate(sizes) if sizes else np.zeros((0, 2))
     return _Seen(row, tried, zero, nonfinite, sizes, time.perf_counter() - start)
 
 
-def _run_noise(problem: Problem, number: int, threat: Threat, ledger: Ledger) -> _Seen:
-    """Try one draw of random noise on what every attack left: a check of the attacks that counts like one."""
-    start, n = time.perf_counter(), len(problem.x)
-    queue = ledger.open()
-    for rows, real in _batches(queue, problem.batch):
-        points = np.asarray(
-            _noise(_cut(threat, rows, n), problem.key, problem.x[rows], problem.index[rows]), np.float32
+def _held(ledger: Ledger) -> int:
+    """How many examples count as robust: attacked in vain, or certified."""
+    return len(ledger.open()) + len(ledger.certified())
+
+
+def _certify(work: Work, threat: Threat, ledger: Ledger, place: int) -> None:
+    """Ask the certificate about what is open; what it covers is not attacked."""
+    held = ledger.certified()
+    ledger.by[held] = ROBUST  # certified at a smaller budget only
+    if work.certificate is None:
+        return
+    problem, name, n = work.problem, f"{place}/certificate", len(work.problem.x)
+    rest = ledger.open()
+    for block in work.past(name):
+        ledger.by[block["row"][block["holds"]]] = CERTIFIED
+        rest = rest[~np.isin(rest, block["row"])]
+    for rows, real in batches(rest, problem.batch):
+        y = problem.y[rows]
+        holds = work.certificate(
+            problem.key, problem.model, problem.x[rows], y, cut(threat, rows, n), problem.index[rows]
         )
+        holds, rows = np.asarray(holds)[:real], rows[:real]
+        if holds.dtype != bool or holds.shape != (real,):
+            raise TypeError(
+                f"certificate must return bool [b], whether each example is certified; got {holds.dtype}"
+                f"{list(holds.shape)} for {len(y)} examples. Radii? Compare them with threat.eps."
+            )
+        ledger.by[rows[holds]] = CERTIFIED
+        work.keep(name, row=rows, holds=holds)
+
+
+def _run_noise(work: Work, number: int, threat: Threat, ledger: Ledger) -> _Seen:
+    """Try one draw of random noise on what every attack left: a check of the attacks that counts like one."""
+    start, problem, n = time.perf_counter(), work.problem, len(work.problem.x)
+    queue = ledger.open()
+    for rows, real in batches(queue, problem.batch):
+        points = np.asarray(_noise(cut(threat, rows, n), problem.key, problem.x[rows], problem.index[rows]), np.float32)
         rows, points = rows[:real], points[:real]
-        verdict = problem.judge(rows, points, _cut(threat, rows, n))
-        ledger.write(rows, points, verdict, number, 0)
+        verdict = problem.judge(rows, points, cut(threat, rows, n))
+        ledger.write(rows, points[verdict.broken], verdict, number, 0)
     broken = len(queue) - len(ledger.open())
     row = {"name": "noise", "settings": {"draws": 1}, "restarts": 1, "attacked": len(queue), "broken": broken}
-    row |= {"claimed": 0, "refused": 0, "robust_accuracy_after": (len(queue) - broken) / n}
+    row |= {"claimed": 0, "refused": 0, "robust_accuracy_after": _held(ledger) / n}
     row |= {"queries": len(queue), "grads": 0}
     return _Seen(row, len(queue), 0, np.zeros(n, bool), np.zeros((0, 2)), time.perf_counter() - start)
 
@@ -390,7 +316,7 @@ def _carry(problem: Problem, threat: Threat, ledger: Ledger) -> int:
     rows = ledger.broken()
     if not len(rows):
         return 0
-    holds = problem.judge(rows, ledger.x[rows], _cut(threat, rows, len(problem.x))).broken
+    holds = problem.judge(rows, ledger.x[rows], cut(threat, rows, len(problem.x))).broken
     lost = rows[~holds]
     ledger.by[lost], ledger.restart[lost], ledger.size[lost] = ROBUST, -1, np.nan
     ledger.x[lost], ledger.adversarial[lost] = problem.x[lost], -1
@@ -398,22 +324,24 @@ def _carry(problem: Problem, threat: Threat, ledger: Ledger) -> int:
 
 
 def _sweep(
-    problem: Problem, stages: Sequence[Stage], threat: Threat, budgets: Sequence[float], ledger: Ledger, tick: _Progress
+    work: Work, threat: Threat, budgets: Sequence[float], ledger: Ledger
 ) -> tuple[Ledger, list[_Seen], list[dict], list[dict]]:
     """Evaluate budgets from small to large; return ledger and evidence at the threat's own, the curve, the seconds."""
     main = float(np.max(np.asarray(threat.eps)))
     curve, seconds, kept, evidence, lowest = [], [], ledger, [], 1.0
-    n, sampled = len(problem.x), type(threat).sample is not Threat.sample
-    for eps in budgets:
+    n, sampled = len(work.problem.x), type(threat).sample is not Threat.sample
+    for place, eps in enumerate(budgets):
         start = time.perf_counter()
         here = threat if eps == main else with_eps(threat, eps)
-        carried = _carry(problem, here, ledger)
-        seen = [_run_stage(problem, stage, i, threat, here, ledger, tick) for i, stage in enumerate(stages)]
+        carried = _carry(work.problem, here, ledger)
+        _certify(work, here, ledger, place)
+        seen = [_run_stage(work, i, here, ledger, place) for i in range(len(work.stages))]
         if sampled:
-            seen.append(_run_noise(problem, len(stages), here, ledger))
-        lowest = min(lowest, len(ledger.open()) / n)
+            seen.append(_run_noise(work, len(work.stages), here, ledger))
+        lowest = min(lowest, _held(ledger) / n)
         value, interval = share(round(lowest * n), n)
         point = {"eps": eps, "robust_accuracy": value, "robust_interval": list(interval)}
+        point |= {"certified_accuracy": None if work.certificate is None else len(ledger.certified()) / n}
         curve.append(point | {"broken": len(ledger.broken()), "carried": carried})
         seconds.append({"eps": eps, "seconds": time.perf_counter() - start})
         if eps == main:
@@ -421,7 +349,7 @@ def _sweep(
     return kept, evidence, curve, seconds
 
 
-def _statements(threat: Threat, curve: Sequence, rule: str | None, noise: bool) -> list[str]:
+def _statements(work: Work, threat: Threat, curve: Sequence, rule: str | None, noise: bool) -> list[str]:
     """The sentences that a reader of the numbers must know."""
     out = [
         "Robust accuracy is an upper bound: the share of examples classified correctly at every point that these "
@@ -436,6 +364,17 @@ def _statements(threat: Threat, curve: Sequence, rule: str | None, noise: bool) 
         "Intervals are 95 % Clopper-Pearson: they tell of the sampling of examples, not of the strength of the "
         "attacks.",
     ]
+    if work.certificate is not None:
+        out.append(
+            "Certified accuracy is a lower bound: the share of examples for which a certificate shows that nothing "
+            "within the budget changes the prediction. Certified examples were not attacked, so an attack that would "
+            "contradict the certificate was not looked for."
+        )
+    if len(work.searches) > 1:
+        out.append(
+            "The attacks followed the model in bfloat16. Verdicts are of the float32 model alone, and examples that "
+            "only the lower precision took for broken were attacked again in float32."
+        )
     if noise:
         out.append(
             "After the attacks one draw of random noise was tried on the survivors; what it breaks counts as broken."
@@ -472,7 +411,7 @@ def _flags(
     again = jax.jit(lambda m, x: m(x))
     with jax.default_matmul_precision("highest"):
         found = red.forward_passes(
-            lambda x: _forward(model, x), lambda x: again(model, x), problem.x[rows], threat.bounds
+            lambda x: forward(model, x), lambda x: again(model, x), problem.x[rows], threat.bounds
         )
     found += [
         red.nonfinite_logits(int((~np.isfinite(clean).all(-1)).sum()), int(bad.sum()), n),
@@ -491,60 +430,68 @@ def _flags(
     return sorted((f for f in found if f is not None), key=lambda f: red.SEVERITIES.index(f.severity))
 
 
-def _data(data: Any, problem: Problem, classes: int) -> dict[str, Any]:
-    """Name and fingerprint of the examples; `data` is a name, a mapping or a source with `name` and `split`."""
-    get = data.get if isinstance(data, Mapping) else lambda name, default: getattr(data, name, default)
-    name, split = (data, "") if isinstance(data, str) else (str(get("name", "")), str(get("split", "")))
-    mark = hashlib.sha256(repr((problem.x.shape, classes)).encode())
-    for array in (problem.x, problem.y, problem.index):
-        mark.update(np.ascontiguousarray(array).tobytes())
-    shape = list(problem.x.shape[1:])
-    out = {"name": name, "split": split, "n": len(problem.x), "shape": shape, "classes": classes}
-    return out | {"fingerprint": mark.hexdigest()[:16]}
-
-
-def _versions() -> dict[str, str]:
-    own = {"jaxadv": __version__, "jax": jax.__version__}
-    return own | {"numpy": np.__version__, "python": platform.python_version()}
-
-
-def _problem(key: Any, model: Any, x: Any, y: Any, threat: Threat, index: Any, batch_size: int) -> tuple[Problem, int]:
-    """Check the arguments and bring them to the host; return them with the number of classes."""
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
-        raise TypeError(f"key must be one typed key; got {type(key).__name__}. Pass jax.random.key(0).")
-    if not isinstance(threat, Threat):
-        raise TypeError(f"threat must be a Threat; got {type(threat).__name__}. Pass threats.linf(8 / 255).")
-    check.whole("batch_size", batch_size)
-    check.positive("eps", threat.eps, "For no attack at all report the clean accuracy.")
-    x = np.asarray(x)
-    check.inputs(x)
-    x = np.ascontiguousarray(x, np.float32)
-    low, high = (np.asarray(b, np.float32) for b in threat.bounds)
-    check.inputs(x, (low, high))
-    y = np.asarray(y)
-    check.labels(y, len(x))
-    _cut(threat, np.zeros(1, int), len(x))
-    model = _callable(model)
-    classes = _check_model(model, x[: min(batch_size, len(x))])
-    check.labels(y, len(x), classes)
-    index = np.arange(len(x)) if index is None else np.asarray(index)
-    check.labels(index, len(x), name="index")
-    problem = Problem(key, model, x, y.astype(np.int32), None, index.astype(np.int32), min(batch_size, len(x)))
-    return problem, classes
-
-
 def _examples(problem: Problem, kept: Ledger, predicted: np.ndarray) -> dict[str, list]:
     """The outcome table, by columns."""
-    sizes = [None if by == ROBUST else float(f"{size:.9g}") for by, size in zip(kept.by, kept.size)]
+    sizes = [None if by in (ROBUST, CERTIFIED) else float(f"{size:.9g}") for by, size in zip(kept.by, kept.size)]
     return {
         "index": problem.index.tolist(),
         "label": problem.y.tolist(),
         "clean": predicted.tolist(),
-        "adversarial": np.where(kept.by == ROBUST, predicted, kept.adversarial).tolist(),
+        "adversarial": np.where(np.isin(kept.by, (ROBUST, CERTIFIED)), predicted, kept.adversarial).tolist(),
         "by": kept.by.tolist(),
         "restart": kept.restart.tolist(),
         "size": sizes,
     }
+
+
+def _mark(work: Work, budgets: Sequence[float], predicted: np.ndarray, fingerprint: str) -> dict[str, Any]:
+    """What a journal belongs to: all that decides about a record."""
+    problem, protocol = work.problem, []
+    for stage in work.stages:
+        attack = build(stage, work.base, work.base)
+        told = {"name": attack.name, "restarts": stage.restarts, "settings": describe(attack)}
+        protocol.append(told | {"arrays": digest(attack)})
+    given = None if work.certificate is None else getattr(work.certificate, "__name__", type(work.certificate).__name__)
+    return {
+        "key": [str(jax.random.key_impl(problem.key)), *np.asarray(jax.random.key_data(problem.key)).ravel().tolist()],
+        "data": fingerprint,
+        "model": [digest(problem.model), digest(predicted)],
+        "threat": {"norm": work.base.norm, "arrays": digest(work.base)},
+        "protocol": protocol,
+        "budgets": list(budgets),
+        "targets": None if problem.target is None else digest(problem.target),
+        "slots": [work.server.slots, work.server.devices, problem.batch],
+        "search": [precision for precision, _ in work.searches],
+        "certificate": given,
+        "versions": {**versions(), "device": jax.devices()[0].device_kind},
+    }
+
+
+def _cost(work: Work, seen: Sequence[_Seen]) -> dict[str, Any]:
+    """Measure a gradient and a forward pass of a full board, and what each attack took beyond its own."""
+    problem, size = work.problem, work.server.slots
+    x = jnp.asarray(np.resize(problem.x, (size, *problem.x.shape[1:])))
+    y = jnp.asarray(np.resize(problem.y, size))
+    _, model = work.searches[0]
+
+    def total(x, model):
+        return jnp.sum(jnp.take_along_axis(model(x), y[:, None], axis=1))
+
+    def once(fn):
+        def timed():
+            start = time.perf_counter()
+            jax.block_until_ready(fn(x, model))
+            return time.perf_counter() - start
+
+        timed()
+        return float(np.median([timed() for _ in range(5)])) / size
+
+    t_grad, t_fwd = once(jax.jit(jax.value_and_grad(total))), once(jax.jit(lambda x, model: model(x)))
+    factors = []
+    for one in seen:
+        floor = one.row["grads"] * t_grad + max(one.row["queries"] - one.row["grads"], 0) * t_fwd
+        factors.append({"name": one.row["name"], "overhead": one.seconds / floor if floor else 0.0})
+    return {"t_grad": t_grad, "t_fwd": t_fwd, "attacks": factors}
 
 
 def evaluate(
@@ -559,8 +506,17 @@ def evaluate(
     name: str = "model",
     index: Any = None,
     batch_size: int = 500,
+    slots: int | None = None,
+    mesh: Any = None,
+    search_dtype: str | None = None,
     eps_curve: Sequence[float] = (),
     targets: Any = None,
+    certificate: Callable | None = None,
+    surrogate: Any = None,
+    diagnostics: Any = None,
+    journal: Any = None,
+    resume: bool = False,
+    measure: bool = False,
     data: Any = "",
     seed: int | None = None,
     progress: Callable[[int, int, str], Any] | None = None,
@@ -576,13 +532,27 @@ def evaluate(
       y: int `[n]` labels in [0, k).
       threat: what the attacker may do; `eps` a number, or `[n]` with attacks given by name.
       attacks: a name in `PROTOCOLS`, or a tuple of attacks, names in `attacks.ATTACKS`, functions from a threat to an
-        attack, and `Stage`s. Default: `standard`.
+        attack, and `Stage`s. Default: `standard`, which is AutoAttack.
       restarts: how often every attack runs; None leaves it to the protocol (once for bare attacks).
       name: the model's name in the report.
       index: int `[n]` dataset indices, from which random keys come; `arange(n)` by default.
-      batch_size: rows of a batch.
+      batch_size: rows of a forward pass outside the attacks.
+      slots: rows of each device that are attacked at once; None chooses, see `slots`. Another number may change
+        roundings.
+      mesh: a mesh of one axis; each of its devices drains a queue of its own. None is one device.
+      search_dtype: `"bfloat16"` lets the attacks follow the model in that precision; verdicts stay in float32. None is
+        the model as it is.
       eps_curve: further budgets for the security curve.
       targets: None for an untargeted evaluation; int `[n]`; or a rule of `TARGET_RULES`.
+      certificate: a function `(key, model, x, y, threat, index) -> bool [b]` that tells of correctly classified
+        examples which ones nothing within the threat can change; it must be about this same model. They are not
+        attacked, and the report carries a lower bound beside the upper one.
+      surrogate: another model whose gradients an attack `transfer` follows, after the others.
+      diagnostics: True for the room's `diagnose`, or a function `(key, model, x, y, threat)` that returns an object
+        with `flags` and `numbers`; both go into the report.
+      journal: a folder; every finished example is written there before the next ones, see `journal`.
+      resume: go on with the journal of the same evaluation that was stopped.
+      measure: also time a gradient and a forward pass, for the overhead of each attack in the report's `timing`.
       data: name of the data, a mapping with `name` and `split`, or a source.
       seed: the seed behind `key`, to be stated in the report.
       progress: called with `(done, total, stage)`.
@@ -592,16 +562,23 @@ def evaluate(
       A report with one model.
 
     Raises:
-      ValueError: on impossible arguments, or a model that returns no finite logits at all.
+      ValueError: on impossible arguments, a model that returns no finite logits at all, or a journal of another
+        evaluation.
       TypeError: on labels or inputs of a wrong dtype, or an untyped key.
+      OSError: if the journal cannot be written.
 
     References:
       Carlini et al. 2019, On evaluating adversarial robustness, arXiv:1902.06705. Croce et al. 2021, RobustBench,
       arXiv:2010.09670.
     """
     start = time.perf_counter()
-    problem, classes = _problem(key, model, x, y, threat, index, batch_size)
-    stages, budgets = stages_of(attacks, restarts), _check_curve(threat, eps_curve)
+    problem, classes = problem_of(key, model, x, y, threat, index, batch_size)
+    if search_dtype is not None:
+        check.choice("search_dtype", search_dtype, {"bfloat16": bfloat16})
+    if resume and journal is None:
+        raise ValueError("resume needs the journal of the evaluation that was stopped; got none. Pass journal=folder.")
+    stages, left_out = _stages(attacks, restarts, threat, problem, targets is not None, surrogate)
+    budgets = check_curve(threat, eps_curve)
     n = len(problem.x)
     clean = logits_of(problem.model, problem.x, problem.batch)
     finite = np.isfinite(clean).all(-1)
@@ -611,7 +588,7 @@ def evaluate(
         )
     rule = None
     if targets is not None:
-        target, rule = _targets(targets, key, problem.y, problem.index, clean)
+        target, rule = choose_targets(targets, key, problem.y, problem.index, clean)
         problem = problem._replace(target=target)
     predicted = np.where(finite, clean.argmax(-1), -1)
     correct = predicted == problem.y
@@ -622,45 +599,130 @@ def evaluate(
         adversarial=predicted.copy(),
         x=problem.x.copy(),
     )
+    eps = threat.eps if np.ndim(threat.eps) else None
+    server = Server(problem.model, problem.x, problem.goal(), index=problem.index, eps=eps, slots=slots, mesh=mesh)
+    full = ("float32", problem.model)
+    work = Work(
+        problem=problem,
+        base=threat,
+        stages=stages,
+        server=server,
+        searches=(full,) if search_dtype is None else ((search_dtype, bfloat16(problem.model)), full),
+        margin=_margin(clean, problem.y),
+        batch=min(problem.batch, server.slots * server.devices),
+        certificate=certificate,
+        journal=None,
+        tick=_Progress(progress, sum(s.restarts for s in stages) * len(budgets), n),
+    )
+    entry_of_data = data_entry(data, problem, classes)
+    if journal is not None:
+        mark = _mark(work, budgets, predicted, entry_of_data["fingerprint"])
+        work.journal = Journal(journal, mark, resume=resume)
+        for block in work.past("slots"):
+            server.slots = int(block["slots"])
     clean_seconds = time.perf_counter() - start
-    tick = _Progress(progress, sum(s.restarts for s in stages) * len(budgets), n)
-    kept, seen, curve, seconds = _sweep(problem, stages, threat, budgets, ledger, tick)
-    clean_accuracy, clean_interval = share(int(correct.sum()), n)
-    robust_accuracy, robust_interval = share(len(kept.open()), n)
-    curve = curve if len(eps_curve) else []
+    try:
+        kept, seen, curve, seconds = _sweep(work, threat, budgets, ledger)
+        if work.journal is not None:
+            work.journal.finish()
+    finally:
+        if work.journal is not None:
+            work.journal.close()
+    timing = {"name": name, "total": 0.0, "clean": clean_seconds}
+    timing |= {"attacks": [{"name": s.row["name"], "seconds": s.seconds} for s in seen], "curve": seconds}
+    if measure:
+        timing["cost"] = _cost(work, seen)
+    entry = _entry(work, name, kept, seen, curve if len(eps_curve) else [], clean, predicted, rule, keep_adversarial)
+    entry.statements.extend(left_out)
+    if diagnostics is not None and diagnostics is not False:
+        entry = _diagnosed(diagnostics, problem, threat, entry)
+    timing["total"] = time.perf_counter() - start
+    return Report(
+        versions=versions(),
+        device=jax.devices()[0].device_kind,
+        seed=seed,
+        key=np.asarray(jax.random.key_data(key)).ravel().tolist(),
+        data=entry_of_data,
+        models=[entry],
+        timing={"models": [timing]},
+        x=problem.x if keep_adversarial else None,
+    )
+
+
+def _stages(
+    attacks: Any, restarts: int | None, threat: Threat, problem: Problem, targeted: bool, surrogate: Any
+) -> tuple[tuple[Stage, ...], list[str]]:
+    """The attacks that fit these inputs, and sentences about those of a protocol that do not."""
+    named = attacks is None or isinstance(attacks, str) and attacks in PROTOCOLS
+    stages, left_out = stages_of(attacks, restarts, threat.norm), []
+    if named:  # what was asked for by itself is tried, and says itself what it needs
+        stages, left_out = fitting(stages, problem.x.shape[1:], targeted)
+    if surrogate is not None:
+        stages = (*stages, Stage(lambda threat: transfer(threat, as_pytree(surrogate))))
+    return stages, left_out
+
+
+def _margin(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How far the logit of the label stands above the others; lowest where logits are not finite."""
+    own = np.arange(logits.shape[1]) == y[:, None]
+    with np.errstate(invalid="ignore"):
+        margin = logits.max(-1, where=own, initial=-np.inf) - logits.max(-1, where=~own, initial=-np.inf)
+    return np.nan_to_num(margin, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+
+
+def _entry(
+    work: Work, name: str, kept: Ledger, seen: Sequence[_Seen], curve: list[dict], clean: np.ndarray,
+    predicted: np.ndarray, rule: str | None, keep_adversarial: bool,
+) -> ModelReport:  # fmt: skip
+    """Put together what was found about the model."""
+    problem, threat, n = work.problem, work.base, len(work.problem.x)
+    correct = int((predicted == problem.y).sum())
+    clean_accuracy, clean_interval = share(correct, n)
+    robust_accuracy, robust_interval = share(_held(kept), n)
+    certified_accuracy, certified_interval = None, None
+    if work.certificate is not None:
+        certified_accuracy, certified_interval = share(len(kept.certified()), n)
     noise = seen[-1].row["name"] == "noise"
     targeted = None
     if rule is not None:
-        targeted = {"rule": rule, "success_rate": len(kept.broken()) / max(int(correct.sum()), 1)}
-    entry = ModelReport(
+        targeted = {"rule": rule, "success_rate": len(kept.broken()) / max(correct, 1)}
+    return ModelReport(
         name=name,
         n=n,
         clean_accuracy=clean_accuracy,
         clean_interval=clean_interval,
         robust_accuracy=robust_accuracy,
         robust_interval=robust_interval,
+        certified_accuracy=certified_accuracy,
+        certified_interval=certified_interval,
         threat={
             "norm": threat.norm,
             "eps": np.asarray(threat.eps).tolist(),
             "bounds": [np.asarray(b).tolist() for b in threat.bounds],
         },
         attacks=[s.row for s in seen],
-        flags=_flags(problem, _host(threat), clean, kept, seen, robust_interval),
+        search={
+            "slots": work.server.slots,
+            "devices": work.server.devices,
+            "dtype": work.searches[0][0],
+            "retried": work.retried,
+        },
+        flags=_flags(problem, host(threat), clean, kept, seen, robust_interval),
         curve=curve,
         examples=_examples(problem, kept, predicted),
         targeted=targeted,
-        statements=_statements(threat, curve, rule, noise),
+        diagnostics=None,
+        statements=_statements(work, threat, curve, rule, noise),
         x_adv=kept.x if keep_adversarial else None,
     )
-    timing = {"name": name, "total": time.perf_counter() - start, "clean": clean_seconds}
-    timing |= {"attacks": [{"name": s.row["name"], "seconds": s.seconds} for s in seen], "curve": seconds}
-    return Report(
-        versions=_versions(),
-        device=jax.devices()[0].device_kind,
-        seed=seed,
-        key=np.asarray(jax.random.key_data(key)).ravel().tolist(),
-        data=_data(data, problem, classes),
-        models=[entry],
-        timing={"models": [timing]},
-        x=problem.x if keep_adversarial else None,
-    )
+
+
+def _diagnosed(diagnostics: Any, problem: Problem, threat: Threat, entry: ModelReport) -> ModelReport:
+    """Add what the diagnosis of the evaluation itself says."""
+    if diagnostics is True:
+        from jaxadv.evaluate.diagnostics import diagnose as diagnostics
+    said = diagnostics(problem.key, problem.model, problem.x, problem.y, threat)
+    known = {flag.name for flag in entry.flags}
+    flags = [*entry.flags, *(flag for flag in said.flags if flag.name not in known)]
+    flags = sorted(flags, key=lambda f: red.SEVERITIES.index(f.severity))
+    return dataclasses.replace(entry, flags=flags, diagnostics=dict(said.numbers))

@@ -1,45 +1,74 @@
 """Protocols as data: which attacks run, in which order, how often, at which budget.
 
-What lives here: `Stage`, the table `PROTOCOLS`, and how stages become attacks at a given budget. What does not: running
-them (`engine`) and the attacks themselves. A protocol is a tuple of stages; a suite that comes later is one more row of
-the table.
+What lives here: the table `PROTOCOLS`, and how stages become attacks at a given budget. What does not: running them
+(`engine`), AutoAttack's own list (`attacks.autoattack`) and the attacks themselves. A protocol is a function from the
+norm of the threat to a tuple of stages; a suite that comes later is one more row of the table.
 """
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxadv import losses
 from jaxadv.attacks import ATTACKS
-from jaxadv.core import Attack, Threat, check
+from jaxadv.attacks.autoattack import Chain
+from jaxadv.attacks.autoattack import Stage as Stage
+from jaxadv.attacks.autoattack import stages as autoattack
+from jaxadv.core import Attack, Threat, check, pytree, static
+
+BALLS = ("linf", "l2", "l1")
+"""Norms that AutoAttack knows; other threats get `GRADIENT` in its place."""
+
+QUICK = (Stage("fgsm"), Stage("pgd", (("steps", 20),)))
+GRADIENT = (
+    Stage("fgsm"),
+    Stage("pgd", (("steps", 40), ("name", "pgd_ce"))),
+    Stage("pgd", (("steps", 100), ("loss", losses.margin), ("name", "pgd_margin")), restarts=5),
+)
+"""One step, then cross-entropy, then the margin with restarts: for every threat, and for targeted evaluations."""
 
 
-class Stage(NamedTuple):
-    """One attack of a protocol.
-
-    Attributes:
-      attack: a name of `attacks.ATTACKS`, a function from a threat to an attack, or an attack.
-      settings: arguments for the named or given function, as pairs.
-      restarts: how often it runs on the survivors, each time with other random numbers.
-    """
-
-    attack: Any
-    settings: tuple[tuple[str, Any], ...] = ()
-    restarts: int = 1
+def _suite(version: str) -> Callable[[str], tuple[Stage, ...]]:
+    return lambda norm: autoattack(norm, version) if norm in BALLS else GRADIENT
 
 
-PROTOCOLS: dict[str, tuple[Stage, ...]] = {
-    "quick": (Stage("fgsm"), Stage("pgd", (("steps", 20),))),
-    "standard": (
-        Stage("fgsm"),
-        Stage("pgd", (("steps", 40), ("name", "pgd_ce"))),
+def _fast(norm: str) -> tuple[Stage, ...]:
+    if norm not in BALLS:
+        return GRADIENT[:2]
+    shrink: tuple = (("large_eps", True),) if norm == "l1" else ()
+    half: tuple = (("steps", 50), *shrink)
+    return (Stage("apgd_ce", half), Stage("apgd_t", (("targets", 4), *half)))
+
+
+def _thorough(norm: str) -> tuple[Stage, ...]:
+    if norm not in BALLS:
+        return (*GRADIENT, Stage("mi_fgsm", (("steps", 50),)))
+    first = autoattack(norm, "standard")
+    shrink: tuple = (("large_eps", True),) if norm == "l1" else ()
+    more = (
+        Stage("apgd_dlr", (("restarts", 5), *shrink)),
+        Stage("apgd_t", (("targets", 9), ("restarts", 3), ("name", "apgd_t_restarts"), *shrink)),
+        Stage("mi_fgsm", (("steps", 50), ("loss", losses.margin))),
         Stage("pgd", (("steps", 100), ("loss", losses.margin), ("name", "pgd_margin")), restarts=5),
-    ),
+    )
+    return (*first, *more)
+
+
+PROTOCOLS: dict[str, Callable[[str], tuple[Stage, ...]]] = {
+    "quick": lambda norm: QUICK,
+    "fast": _fast,
+    "standard": _suite("standard"),
+    "plus": _suite("plus"),
+    "rand": _suite("rand"),
+    "thorough": _thorough,
+    "gradient": lambda norm: GRADIENT,
 }
-"""Protocols by name. `standard` is the default: one step, then cross-entropy, then the margin with restarts."""
+"""Protocols by name, each a function of the threat's norm. `standard`, the default, is AutoAttack; `custom` is the name
+for attacks of your own, passed in the place of a protocol."""
 
 
 def with_eps(threat: Threat, eps: float) -> Threat:
@@ -82,12 +111,14 @@ def refit(attack: Any, old: float, new: float) -> Any:
     return dataclasses.replace(attack, **changes)
 
 
-def stages_of(attacks: Any, restarts: int | None) -> tuple[Stage, ...]:
+def stages_of(attacks: Any, restarts: int | None, norm: str = "linf") -> tuple[Stage, ...]:
     """Read the arguments `attacks` and `restarts` of an evaluation.
 
     Args:
-      attacks: a protocol's name, or attacks, names, functions of a threat and stages; None is `standard`.
+      attacks: a protocol's name, or attacks, names, functions of a threat and stages; None is `standard`. A `Chain` is
+        taken apart into its attacks.
       restarts: how often every attack runs, or None for what the protocol says.
+      norm: of the threat.
 
     Returns:
       The stages.
@@ -97,10 +128,10 @@ def stages_of(attacks: Any, restarts: int | None) -> tuple[Stage, ...]:
       TypeError: on other things.
     """
     if attacks is None or isinstance(attacks, str) and attacks in PROTOCOLS:
-        chosen = PROTOCOLS[attacks or "standard"]
+        chosen = PROTOCOLS[attacks or "standard"](norm)
     else:
         several = attacks if isinstance(attacks, (tuple, list)) and not isinstance(attacks, Stage) else (attacks,)
-        chosen = tuple(a if isinstance(a, Stage) else Stage(a) for a in several)
+        chosen = tuple(stage for a in several for stage in _apart(a))
     if not chosen:
         raise ValueError("attacks must name at least one attack; got none. Pass attacks='standard' for the default.")
     if restarts is not None:
@@ -114,6 +145,24 @@ def stages_of(attacks: Any, restarts: int | None) -> tuple[Stage, ...]:
                 f"attacks must be names, attacks or functions of a threat; got {type(stage.attack).__name__}."
             )
     return chosen
+
+
+def _apart(given: Any) -> tuple[Stage, ...]:
+    if isinstance(given, Chain):
+        return tuple(Stage(part, (), times) for part, times in zip(given.parts, given.restarts))
+    return (given if isinstance(given, Stage) else Stage(given),)
+
+
+@pytree
+class Each:
+    """The attack of a stage as a function of budgets `[b]`, for threats with a budget for each example."""
+
+    threat: Threat
+    stage: Stage = static()
+
+    def __call__(self, eps: Any) -> Attack:
+        """Return the attack on rows with these budgets."""
+        return build(self.stage, self.threat, dataclasses.replace(self.threat, eps=eps))  # pyright: ignore
 
 
 def build(stage: Stage, base: Threat, threat: Threat) -> Any:

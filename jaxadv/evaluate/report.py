@@ -9,6 +9,7 @@ outcome in the columns of `examples`:
 
 | `by` | meaning | `restart` | `size` |
 | --- | --- | --- | --- |
+| `-3` | certified: shown to be robust, not attacked | -1 | null |
 | `-2` | misclassified without any attack, returned as it is | -1 | 0 |
 | `-1` | robust against every attack tried | -1 | null |
 | `j >= 0` | broken by `attacks[j]` | which restart | size of the verified perturbation |
@@ -27,10 +28,13 @@ import numpy as np
 from jaxadv.core import atomic_write
 from jaxadv.evaluate.flags import Flag
 
-SCHEMA = "jaxadv.report/1"
+SCHEMA = "jaxadv.report/2"
 """Name and version of the JSON form; a change that readers must know about raises the number."""
 
-MISCLASSIFIED, ROBUST = -2, -1
+OLDER = ("jaxadv.report/1",)
+"""Schemas that are still read: version 1 knew no certificates, no slots and no diagnostics."""
+
+CERTIFIED, MISCLASSIFIED, ROBUST = -3, -2, -1
 """Values of the column `by` for examples that no attack broke."""
 
 _COLUMNS = ("index", "label", "clean", "adversarial", "by", "restart", "size")
@@ -52,9 +56,11 @@ _POINT = {
     "eps": _NUMBER,
     "robust_accuracy": _NUMBER,
     "robust_interval": list,
+    "certified_accuracy": (*_NUMBER, type(None)),
     "broken": int,
     "carried": int,
 }
+_SEARCH = {"slots": int, "devices": int, "dtype": str, "retried": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +75,18 @@ class ModelReport:
       robust_accuracy: share classified correctly at every point that any attack found, so an upper bound on the true
         one.
       robust_interval: its 95 % Clopper-Pearson interval (of sampling, not of the strength of the attacks).
+      certified_accuracy: share that a certificate covers, so a lower bound on the true robust accuracy; None where
+        there was no certificate.
+      certified_interval: its 95 % Clopper-Pearson interval, or None.
       threat: `norm`, `eps`, `bounds`.
       attacks: one entry for each attack in the order they ran, each on the survivors of those before.
+      search: how it was computed: `slots` of each of the `devices`, `dtype` that the attacks followed, and how many
+        runs were `retried` in float32.
       flags: what makes the numbers doubtful; empty is good.
       curve: robust accuracy over budgets, `eps` rising; empty if none was asked for.
       examples: the columns of the outcome table, see the module.
       targeted: None, or `rule` and `success_rate` of a targeted evaluation.
+      diagnostics: None, or the numbers behind the diagnosis of the evaluation itself.
       statements: sentences that a reader of the numbers must know.
       x_adv: float32 `[n, ...]` the points behind the outcomes (not part of the JSON), or None.
     """
@@ -85,12 +97,16 @@ class ModelReport:
     clean_interval: tuple[float, float]
     robust_accuracy: float
     robust_interval: tuple[float, float]
+    certified_accuracy: float | None
+    certified_interval: tuple[float, float] | None
     threat: dict[str, Any]
     attacks: list[dict[str, Any]]
+    search: dict[str, Any]
     flags: list[Flag]
     curve: list[dict[str, Any]]
     examples: dict[str, list]
     targeted: dict[str, Any] | None
+    diagnostics: dict[str, Any] | None
     statements: list[str]
     x_adv: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -98,6 +114,7 @@ class ModelReport:
         """Return the JSON form, without the adversarial examples."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "x_adv"}
         out["clean_interval"], out["robust_interval"] = list(self.clean_interval), list(self.robust_interval)
+        out["certified_interval"] = None if self.certified_interval is None else list(self.certified_interval)
         out["flags"] = [dataclasses.asdict(flag) for flag in self.flags]
         return out
 
@@ -142,6 +159,42 @@ class Report:
     def to_json(self) -> str:
         """Return strict JSON (no NaN), one line for each short list, ending in a newline."""
         return dumps(self.to_dict())
+
+    def robustbench(self, **known: Any) -> list[dict[str, Any]]:
+        """Return the entries of a RobustBench leaderboard, and what this report adds to them.
+
+        Args:
+          **known: fields that an evaluation cannot know: `link`, `authors`, `venue`, `architecture`,
+            `additional_data`, `reported`, ... Accuracies are in percent, as text, as on the leaderboard.
+
+        Returns:
+          One entry for each model: the leaderboard's fields, then those of the report under names of their own.
+
+        References:
+          Croce et al. 2021, RobustBench: a standardized adversarial robustness benchmark, arXiv:2010.09670.
+        """
+        entries = []
+        for model in self.models:
+            robust = f"{100 * model.robust_accuracy:.2f}"
+            serious = [flag.name for flag in model.flags if flag.severity == "error"]
+            entry = dict.fromkeys(("link", "authors", "venue", "architecture", "reported", "external", "footnote"), "")
+            entry |= {"name": model.name, "additional_data": False, "number_forward_passes": 1}
+            entry |= {"dataset": self.data["name"], "eps": model.threat["eps"], "threat_model": model.threat["norm"]}
+            entry |= {"clean_acc": f"{100 * model.clean_accuracy:.2f}", "autoattack_acc": robust}
+            entry |= {"unreliable": bool(serious), "corruptions_acc": "", "corruptions_mce": ""} | known
+            entry |= {"schema_version": SCHEMA, "n_examples": model.n, "indices_hash": self.data["fingerprint"]}
+            entry |= {"ci95": [100 * v for v in model.robust_interval], "key": self.key, "seed": self.seed}
+            entry |= {"dtype": model.search["dtype"], "matmul_precision": "highest", "versions": self.versions}
+            names = ("name", "broken", "queries", "grads")
+            seconds = {t["name"]: t["attacks"] for t in self.timing.get("models", [])}.get(model.name, [])
+            per = [{n: a[n] for n in names} | {"acc": 100 * a["robust_accuracy_after"]} for a in model.attacks]
+            for a, spent in zip(per, seconds):
+                a["seconds"] = spent["seconds"]
+            entry |= {"per_attack": per, "warnings": [flag.name for flag in model.flags]}
+            if model.certified_accuracy is not None:
+                entry["certified_acc"] = 100 * model.certified_accuracy
+            entries.append(entry)
+        return entries
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `report.json`, `report.html`, `report.md` and, where examples were kept, `adversarial.npz`.
@@ -254,6 +307,8 @@ def from_dict(tree: Any) -> Report:
       ValueError: on another schema, missing or unknown keys, wrong types, or numbers that contradict each other.
     """
     found = tree.get("schema") if isinstance(tree, dict) else None
+    if found in OLDER:
+        tree, found = _upgraded(tree), SCHEMA
     if found != SCHEMA:
         raise ValueError(f"a report must have schema {SCHEMA!r}; got {found!r}. Written by another version of jaxadv?")
     kinds = {"schema": str, "versions": dict, "seed": (int, type(None)), "key": list, "device": str, "data": dict}
@@ -272,6 +327,19 @@ def from_dict(tree: Any) -> Report:
                 f"all models must be judged on the {tree['data']['n']} examples; {model.name!r} has {model.n}."
             )
     return Report(models=models, **{k: v for k, v in tree.items() if k not in ("schema", "models")})
+
+
+def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
+    """Bring a report of schema 1 to the present form: what it did not know is absent."""
+    new: dict[str, Any] = {"certified_accuracy": None, "certified_interval": None, "diagnostics": None}
+    search = {"slots": 0, "devices": 1, "dtype": "float32", "retried": 0}
+    models = []
+    for model in tree["models"] if isinstance(tree.get("models"), list) else ():
+        if isinstance(model, dict):
+            curve = [p | {"certified_accuracy": None} if isinstance(p, dict) else p for p in model.get("curve", [])]
+            model = {**model, **new, "search": search, "curve": curve}
+        models.append(model)
+    return {**tree, "schema": SCHEMA, "models": models}
 
 
 def _fields(tree: Any, kinds: Mapping[str, Any], where: str) -> None:
@@ -306,11 +374,16 @@ def _share(value: Any, interval: Any, where: str) -> tuple[float, float]:
 
 def _model(tree: Any, where: str) -> ModelReport:
     kinds: dict[str, Any] = {"name": str, "n": int, "threat": dict, "examples": dict, "targeted": (dict, type(None))}
-    kinds |= dict.fromkeys(("clean_accuracy", "robust_accuracy"), _NUMBER)
+    kinds |= {"certified_accuracy": (*_NUMBER, type(None)), "certified_interval": (list, type(None)), "search": dict}
+    kinds |= dict.fromkeys(("clean_accuracy", "robust_accuracy"), _NUMBER) | {"diagnostics": (dict, type(None))}
     kinds |= dict.fromkeys(("clean_interval", "robust_interval", "attacks", "flags", "curve", "statements"), list)
     _fields(tree, kinds, where)
     clean = _share(tree["clean_accuracy"], tree["clean_interval"], f"{where}.clean_accuracy")
     robust = _share(tree["robust_accuracy"], tree["robust_interval"], f"{where}.robust_accuracy")
+    certified = None
+    if tree["certified_accuracy"] is not None:
+        certified = _share(tree["certified_accuracy"], tree["certified_interval"], f"{where}.certified_accuracy")
+    _fields(tree["search"], _SEARCH, f"{where}.search")
     _fields(tree["threat"], {"norm": str, "eps": (*_NUMBER, list), "bounds": list}, f"{where}.threat")
     for i, entry in enumerate(tree["attacks"]):
         _fields(entry, _ATTACK, f"{where}.attacks[{i}]")
@@ -319,7 +392,8 @@ def _model(tree: Any, where: str) -> ModelReport:
         _share(entry["robust_accuracy"], entry["robust_interval"], f"{where}.curve[{i}]")
     _outcomes(tree, where)
     flags = [Flag.from_dict(flag) for flag in tree["flags"]]
-    return ModelReport(**{**tree, "clean_interval": clean, "robust_interval": robust, "flags": flags})
+    ends = {"clean_interval": clean, "robust_interval": robust, "certified_interval": certified}
+    return ModelReport(**{**tree, **ends, "flags": flags})
 
 
 def _outcomes(tree: Mapping[str, Any], where: str) -> None:
@@ -329,16 +403,17 @@ def _outcomes(tree: Mapping[str, Any], where: str) -> None:
     if any(len(columns[c]) != n for c in _COLUMNS):
         raise ValueError(f"{where}.examples must have {n} rows; got {[len(columns[c]) for c in _COLUMNS]}. Cut short?")
     by = columns["by"]
-    clean, robust = (sum(b != MISCLASSIFIED for b in by) / n, by.count(ROBUST) / n)
-    if (clean, robust) != (tree["clean_accuracy"], tree["robust_accuracy"]):
+    certified = by.count(CERTIFIED) / n
+    clean, robust = (sum(b != MISCLASSIFIED for b in by) / n, (by.count(ROBUST) + by.count(CERTIFIED)) / n)
+    stated = (tree["clean_accuracy"], tree["robust_accuracy"], tree["certified_accuracy"] or 0.0)
+    if (clean, robust, certified) != stated:
         raise ValueError(
-            f"{where}: the outcomes must add up to the accuracies; they give {clean} clean and {robust} robust, "
-            f"stated are "
-            f"{tree['clean_accuracy']} and {tree['robust_accuracy']}. Edited by hand?"
+            f"{where}: the outcomes must add up to the accuracies; they give {clean} clean, {robust} robust and "
+            f"{certified} certified, stated are {stated[0]}, {stated[1]} and {stated[2]}. Edited by hand?"
         )
-    if any(not (isinstance(b, int) and MISCLASSIFIED <= b < len(tree["attacks"])) for b in by):
+    if any(not (isinstance(b, int) and CERTIFIED <= b < len(tree["attacks"])) for b in by):
         raise ValueError(
-            f"{where}.examples.by must name an attack, or be -1 or -2; got {sorted(set(by))}. Edited by hand?"
+            f"{where}.examples.by must name an attack, or be -1, -2 or -3; got {sorted(set(by))}. Edited by hand?"
         )
 
 

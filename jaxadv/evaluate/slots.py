@@ -97,7 +97,7 @@ def exhausted(error: BaseException) -> bool:
 
 
 def _start(attack, key, model, data, queue, restart, *, slots):
-    return canonical(partial(begin, slots=slots))(attack, key, model, data, queue, restart)
+    return begin(attack, key, model, data, queue, restart, slots=slots)
 
 
 def _chunk(board, attack, key, model, data, queue, count, restart, limit, *, room):

@@ -492,9 +492,9 @@ def test_numbers_are_written_for_people():
     assert commands.budget({"norm": "l2", "eps": [1, 2]}) == "l2, eps per example"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "attack", "report", "list", "claims", "bench"])
+@pytest.mark.parametrize("command", ["evaluate", "attack", "report", "verify-report", "list", "claims", "bench"])
 def test_every_command_has_its_function(command):
-    assert callable(getattr(commands, f"run_{command}"))
+    assert callable(getattr(commands, f"run_{command.replace('-', '_')}"))
     assert command in configs.COMMANDS and callable(main)
 
 
@@ -504,3 +504,55 @@ def test_the_model_of_these_tests_has_a_linear_margin(nearest_mean):
     means = np.stack([x[y == k].mean(0) for k in range(10)])
     logits = np.asarray(models.model(models.load(nearest_mean)[0])(x[:50]))
     np.testing.assert_array_equal(logits.argmax(-1), ((x[:50, None] - means) ** 2).sum((2, 3, 4)).argmin(-1))
+
+
+# --------------------------------------------------------------------------------------------- journal, verify-report
+
+
+def test_a_stopped_evaluation_is_resumed_and_its_report_verified(cli, refused, nearest_mean, tmp_path, monkeypatch):
+    words = ["evaluate", nearest_mean, "--data", "digits", "--n", 40, "--eps", 0.1, "--attacks", "fgsm", "--slots", 8]
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    assert cli(*words, "--out", straight).code == 0
+
+    real, served = evaluate.slots.Server._serve, []
+
+    def stopped(self, *args):
+        for got in real(self, *args):
+            if len(served) == 2:
+                raise KeyboardInterrupt
+            served.append(len(got[0]))
+            yield got
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.slots.Server, "_serve", stopped)
+        ran = cli(*words, "--out", out)
+    assert ran.code == 130 and "--resume" in ran.err and not (out / "report.json").exists()
+    assert "unfinished evaluation" in refused(*words, "--out", out)
+    assert "same slots" in refused(*words[:-1], 9, "--out", out, "--resume")
+    assert cli(*words, "--out", out, "--resume").code == 0
+    one, two = report_of(straight), report_of(out)
+    assert {k: v for k, v in one.items() if k != "timing"} == {k: v for k, v in two.items() if k != "timing"}
+    assert one["models"][0]["search"]["slots"] == 8
+    assert cli(*words, "--out", out).code == 0  # finished: may be repeated
+
+    ran = cli("verify-report", out)
+    by = np.asarray(one["models"][0]["examples"]["by"])
+    assert ran.code == 0 and f"All {(by >= 0).sum()} adversarial examples hold" in ran.out
+    assert cli("verify-report", out / "report.json", "--model", nearest_mean).code == 0
+    row = int(np.flatnonzero(by >= 0)[0])
+    with np.load(out / "adversarial.npz") as stored:
+        arrays = dict(stored)
+    arrays["adversarial_0"][row] = np.clip(arrays["adversarial_0"][row] + 0.2, 0, 1)
+    np.savez(out / "adversarial.npz", **arrays)
+    ran = cli("verify-report", out)
+    index = one["models"][0]["examples"]["index"][row]
+    assert ran.code == 1 and f"example {index} (row {row}): its size is" in ran.err and "do not hold" in ran.out
+    (out / commands.EVALUATION).unlink()
+    assert "--model MODEL" in refused("verify-report", out)
+    (out / "adversarial.npz").unlink()
+    assert "needs the examples" in refused("verify-report", out)
+    rb = tmp_path / "rb.json"
+    assert cli("report", straight, "--robustbench", rb).code == 0
+    entry = json.loads(rb.read_text())[0]
+    assert entry["autoattack_acc"] == f"{100 * one['models'][0]['robust_accuracy']:.2f}" and entry["eps"] == 0.1
+    assert "--robustbench must end in .json" in refused("report", straight, "--robustbench", tmp_path / "rb.txt")

@@ -11,7 +11,12 @@ from jaxadv import data, evaluate, threats, train
 from jaxadv.cli import configs
 from jaxadv.cli.parsing import fraction
 
-NEEDED = {"train": {"out": Path("run")}, "evaluate": {"model": "m"}, "attack": {"model": "m"}}
+NEEDED = {
+    "train": {"out": Path("run")},
+    "evaluate": {"model": "m"},
+    "attack": {"model": "m"},
+    "verify-report": {"report": Path("r")},
+}
 
 
 @pytest.mark.parametrize("command", configs.COMMANDS)
@@ -35,12 +40,12 @@ def test_every_argument_has_a_help_text_and_a_type(command):
 
 
 def test_the_commands_share_their_bases():
-    for command in ("demo", "train", "evaluate", "attack"):
+    for command in ("demo", "train", "evaluate", "attack", "verify-report"):
         assert issubclass(configs.COMMANDS[command], configs.Machine)
     for command in ("report", "list", "claims", "bench"):
         assert not issubclass(configs.COMMANDS[command], configs.Machine)
     names = {c.__name__ for c in configs.COMMANDS.values()}
-    assert names == {"Demo", "Train", "Evaluate", "Attack", "Report", "List", "Claims", "Bench"}
+    assert names == {"Demo", "Train", "Evaluate", "Attack", "Report", "VerifyReport", "List", "Claims", "Bench"}
     assert all(issubclass(c, configs.Common) for c in configs.COMMANDS.values())
 
 

@@ -54,6 +54,7 @@ SAMPLES = {
         "next",
     ],
     "report": ["a.json", "b.json", "--out", "page.html"],
+    "verify-report": ["out", "--model", "mod:f"],
     "list": ["recipes"],
     "claims": ["run", "fast_at", "--root", "/src", "--smoke"],
     "bench": ["run", "speed/attacks"],

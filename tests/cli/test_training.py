@@ -245,7 +245,7 @@ def test_a_small_demo(cli, tiny, tmp_path, monkeypatch):
     for name in ("standard_digits", "pgd_digits"):
         monkeypatch.setitem(train.RECIPES, name, tiny)
         monkeypatch.setitem(training.NETWORKS, name, training.NETWORKS["tiny_digits"])
-    monkeypatch.setitem(evaluate.PROTOCOLS, "standard", (evaluate.Stage("fgsm"),))
+    monkeypatch.setitem(evaluate.PROTOCOLS, "gradient", lambda norm: (evaluate.Stage("fgsm"),))
     out = tmp_path / "demo"
     ran = cli("demo", "--out", out, "--epochs", 1, "--n", 20, "--eps", "0.1")
     assert ran.code in (0, 1), ran

@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 import jaxadv as ja
 from jaxadv import attacks, core, evaluate, threats
-from jaxadv.evaluate import engine
+from jaxadv.evaluate import engine, inputs
 
 KEY = jax.random.key(0)
 LINF = threats.linf(0.02)
@@ -43,7 +43,7 @@ def test_a_linear_model_has_exactly_its_closed_form_accuracy(kit, protocol):
 def test_the_room_is_the_function():
     assert evaluate is ja.evaluate
     assert inspect.signature(ja.evaluate) == inspect.signature(engine.evaluate)
-    assert evaluate.report.Report is evaluate.Report and evaluate.engine.survivors is evaluate.survivors
+    assert evaluate.report.Report is evaluate.Report and evaluate.slots.drain is evaluate.drain
 
 
 def test_misclassified_examples_are_not_attacked_and_return_as_they_are(kit):
@@ -135,7 +135,8 @@ def test_other_budgets_and_other_weights_reuse_the_programs(kit):
     def once(scale, eps, chosen):
         attack = chosen(threats.linf(eps)) if chosen else "fgsm"
         model = Partial(counted, scale * p.w, scale * p.b)
-        evaluate(KEY, model, p.x, p.y, threats.linf(eps), attacks=(attack,), eps_curve=(0.01, 0.03), batch_size=50)
+        budgets = {"eps_curve": (0.01, 0.03), "batch_size": 50, "slots": 50}
+        evaluate(KEY, model, p.x, p.y, threats.linf(eps), attacks=(attack,), **budgets)
         return len(traces)
 
     for chosen in (None, attacks.bim):
@@ -221,12 +222,14 @@ def test_a_targeted_evaluation_counts_only_the_target(kit):
 def test_random_targets_follow_the_index_and_avoid_the_label():
     y = np.random.default_rng(0).integers(0, 5, 400).astype(np.int32)
     logits, index = np.zeros((400, 5)), np.arange(400)
-    target, rule = engine._targets("random", KEY, y, index, logits)
+    target, rule = inputs.choose_targets("random", KEY, y, index, logits)
     assert rule == "random" and (target != y).all()
     shift = (target - y) % 5
     assert set(shift) == {1, 2, 3, 4} and np.bincount(shift)[1:].min() > 60
     order = np.random.default_rng(1).permutation(400)
-    np.testing.assert_array_equal(engine._targets("random", KEY, y[order], index[order], logits)[0], target[order])
+    np.testing.assert_array_equal(
+        inputs.choose_targets("random", KEY, y[order], index[order], logits)[0], target[order]
+    )
     assert set(evaluate.TARGET_RULES) == {"random", "next", "least_likely"}
 
 
@@ -300,19 +303,6 @@ def test_half_precision_points_are_judged_as_float32(kit):
 def test_logits_are_the_models_own_in_order(kit):
     p = kit.linear()
     np.testing.assert_allclose(evaluate.logits_of(p.model, p.x, 64), p.x @ p.w + p.b, rtol=1e-4, atol=1e-5)
-
-
-def test_survivors_serves_each_row_once(kit):
-    p = kit.linear()
-    served = evaluate.survivors(
-        attacks.fgsm(LINF), KEY, p.model, p.x, p.y, index=np.arange(300), restart=0, batch_size=64
-    )
-    rows = {}
-    for part, result in served:
-        rows |= dict(zip(part.tolist(), result.x))
-    direct = attacks.fgsm(LINF).run(KEY, p.model, p.x, p.y)
-    assert sorted(rows) == list(range(300))
-    np.testing.assert_allclose(np.stack([rows[i] for i in range(300)]), direct.x, atol=1e-6)
 
 
 def test_a_plain_function_is_a_model(kit):

@@ -19,7 +19,7 @@ def test_the_json_round_trip_is_the_identity(pictures):
 
 def test_the_json_has_the_promised_keys(pictures):
     tree = json.loads(pictures.to_json())
-    assert tree["schema"] == evaluate.SCHEMA == "jaxadv.report/1"
+    assert tree["schema"] == evaluate.SCHEMA == "jaxadv.report/2"
     assert {"schema", "versions", "seed", "data", "models", "timing"} <= set(tree)
     promised = "name n clean_accuracy clean_interval robust_accuracy robust_interval threat attacks flags"
     assert set(promised.split()) <= set(tree["models"][0])
@@ -46,7 +46,7 @@ def spoil(tree, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("schema",), "jaxadv.report/2", "schema"),
+        (("schema",), "jaxadv.report/3", "schema"),
         (("schema",), KeyError, "schema"),
         (("seed",), KeyError, "missing \\['seed'\\]"),
         (("extra",), 1, "unknown \\['extra'\\]"),
