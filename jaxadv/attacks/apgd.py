@@ -44,12 +44,12 @@ NORMS = ("linf", "l2", "l1")
 class Plan(NamedTuple):
     """What happens at each place of a round, arrays over its steps; built by `plan`."""
 
-    begin: np.ndarray  # this step makes the start of a stage and does not move
-    factor: np.ndarray  # budget of the stage in units of eps
-    check: np.ndarray  # after this step the length of the steps is decided
-    window: np.ndarray  # moves since the last check
-    second: np.ndarray  # momentum has something to remember
-    final: np.ndarray  # points of this stage are within the budget
+    begin: Any  # this step makes the start of a stage and does not move
+    factor: Any  # budget of the stage in units of eps
+    check: Any  # after this step the length of the steps is decided
+    window: Any  # moves since the last check
+    second: Any  # momentum has something to remember
+    final: Any  # points of this stage are within the budget
 
 
 @lru_cache
@@ -89,7 +89,7 @@ def largest_where(holds: Callable, top: Float[Array, " b"]) -> Float[Array, " b"
     """Return for each row the largest number in `[0, top]` at which a condition holds: exact, without sorting.
 
     Bisects over the bit patterns of floats, which are ordered like the numbers, so the answer is the very number at
-    which the condition turns.
+    which the condition turns; subnormal numbers count as zero, as they do in the arithmetic of many devices.
 
     Args:
       holds: thresholds `[b]` to bool `[b]`; True at 0, and True below wherever it is True.
@@ -108,7 +108,9 @@ def largest_where(holds: Callable, top: Float[Array, " b"]) -> Float[Array, " b"
         ok = holds(lax.bitcast_convert_type(middle, top.dtype)) | (middle <= low)
         return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
 
-    return lax.bitcast_convert_type(lax.fori_loop(0, 8 * top.dtype.itemsize, half, (low, high))[0], top.dtype)
+    low, _ = lax.fori_loop(0, 8 * top.dtype.itemsize, half, (low, high))
+    found = lax.bitcast_convert_type(low, top.dtype)
+    return jnp.where(found < jnp.finfo(top.dtype).tiny, 0, found)
 
 
 class State(NamedTuple):
@@ -177,7 +179,12 @@ class APGD(Attack):
     large_eps: bool = static()
     eot: int = static()
     compat: str | None = static()
-    early: bool = static()
+    stop: bool = static()
+
+    @property
+    def early(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a row may be done before `max_steps`: once it is broken, or where there are too few classes."""
+        return self.stop or self.targets > 0
 
     def init(self, keys, model, x, y) -> State:
         """Judge the clean point and, if targeted, order the targets by its logits."""
@@ -258,10 +265,10 @@ class APGD(Attack):
         return self._begun(self._checked(state, now, eps, x), now, here, eps, x)
 
     def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after its rounds (no more than there are targets), or, with `early`, once it is broken."""
+        """A row is done after its rounds (no more than there are targets), or, with `stop`, once it is broken."""
         rounds = self.rounds if not self.targets else self.rounds // self.targets * state.order.shape[1]
         over = state.step >= self.max_steps // self.rounds * rounds
-        return over | state.broken if self.early else over
+        return over | state.broken if self.stop else over
 
     def result(self, state: State, model, x, y) -> Result:
         """Ask the model again at what is returned."""
@@ -430,7 +437,7 @@ class APGD(Attack):
         """Keep the better of what was found so far and the current point, by (fails, lowest margin)."""
         better = (broken & ~state.broken) | ((broken == state.broken) & (score < state.score))
         better = better & final
-        if self.early:
+        if self.stop:
             better = better & ~state.broken  # what is broken stays as it was found, a wrong clean prediction too
         found, score = select(better, (point, score), (state.found, state.score))
         return state._replace(found=found, score=score, broken=state.broken | broken)
@@ -536,7 +543,7 @@ def apgd(
         large_eps=large_eps,
         eot=eot,
         compat=compat,
-        early=early,
+        stop=early,
     )
 
 

@@ -158,12 +158,17 @@ class FAB(Attack):
     alpha_max: float = static()
     overshoot: float = static()
     backward: float = static()
-    early: bool = static()
+    stop: bool = static()
 
     @property
     def start(self) -> str:
         """Where rounds begin: `"zero"` if all do at the clean point, else `"random"` (restarts)."""
         return "zero" if self.rounds == max(self.targets, 1) else "random"
+
+    @property
+    def early(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a row may be done before `max_steps`: once it is broken, or where there are too few classes."""
+        return self.stop or self.targets > 0
 
     def init(self, keys, model, x, y) -> State:
         """Judge the clean point and, if targeted, order the targets by its logits."""
@@ -236,10 +241,10 @@ class FAB(Attack):
         )
 
     def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after its rounds (no more than there are targets), or, with `early`, once it is broken."""
+        """A row is done after its rounds (no more than there are targets), or, with `stop`, once it is broken."""
         rounds = self.rounds if not self.targets else self.rounds // self.targets * state.order.shape[1]
         over = state.step >= self.max_steps // self.rounds * rounds
-        return over | state.broken if self.early else over
+        return over | state.broken if self.stop else over
 
     def result(self, state: State, model, x, y) -> Result:
         """Project the nearest failing point into the budget and ask the model there; else return the better point."""
@@ -387,7 +392,7 @@ def fab(
       nearest failing point projected into it, where its margin is lower than the clean one; a row stops where it
       breaks (`early`). As in the code, there is no final search on the segment.
     """
-    settings = {"alpha_max": alpha_max, "overshoot": overshoot, "backward": backward, "early": early}
+    settings = {"alpha_max": alpha_max, "overshoot": overshoot, "backward": backward, "stop": early}
     return _built(threat, 0, steps, restarts, settings, name)
 
 
@@ -428,5 +433,5 @@ def fab_t(
       Croce and Hein 2020, Reliable evaluation of adversarial robustness, sec. 5, arXiv:2003.01690; see `fab`.
     """
     check.whole("targets", targets)
-    settings = {"alpha_max": alpha_max, "overshoot": overshoot, "backward": backward, "early": early}
+    settings = {"alpha_max": alpha_max, "overshoot": overshoot, "backward": backward, "stop": early}
     return _built(threat, targets, steps, restarts, settings, name)

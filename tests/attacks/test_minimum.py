@@ -139,3 +139,134 @@ def test_every_iterate_is_the_official_one(norm, kind):
         best = np.asarray(state.best)
     np.testing.assert_allclose(np.stack(path)[at], stored[f"{norm}_{kind}/path"], atol=1e-6)
     np.testing.assert_allclose(best, stored[f"{norm}_{kind}/adv"], atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- exact distances
+
+
+def boundary_distance(norm, w, x, y):
+    """Distance of each row to the nearest decision boundary of a linear model, where the box is not in the way."""
+    gap = (x @ w)[np.arange(len(y)), y][:, None] - x @ w
+    slope = np.linalg.norm(w[:, y].T[:, None] - w.T[None], DUAL[norm], axis=-1)
+    return np.where(np.arange(w.shape[1]) == y[:, None], np.inf, gap / np.maximum(slope, 1e-9)).min(-1)
+
+
+@pytest.mark.parametrize("make", [fab, fab_t])
+@pytest.mark.parametrize("norm", BALLS)
+def test_linear_model_gives_the_distance_to_the_boundary(norm, make):
+    """The overshoot of 5 % and the steps back by 10 % end within 2 % of the exact distance."""
+    model, x, y, w = problem(b=24)
+    want = boundary_distance(norm, w, x, y)
+    keep = want < {"linf": 0.3, "l2": 0.4, "l1": 0.4}[norm]  # the box is at least 0.4 away
+    assert keep.sum() > 15
+    found = go(make(BALLS[norm](50.0), steps=40, early=False), model, x, y)
+    got = np.asarray(found.size)
+    assert found.success.all() and (got[keep] >= want[keep] - 1e-5).all()
+    np.testing.assert_allclose(got[keep], want[keep], rtol=0.02)
+    # given a budget, rows within it are broken and no others
+    eps = float(np.median(want))
+    clear = np.abs(want - eps) > 0.02 * eps
+    broken = go(make(BALLS[norm](eps), steps=40), model, x, y)
+    np.testing.assert_array_equal(np.asarray(broken.success)[clear], (want < eps)[clear])
+    assert core.feasible(BALLS[norm](eps), np.asarray(broken.x), x).all()
+    score = np.asarray(broken.score)
+    assert (score <= (x @ w).max(-1) - np.sort(x @ w)[:, -2] + 1e-5).all()
+    assert (np.asarray(broken.queries)[~np.asarray(broken.success)] > 80).all()
+    assert (np.asarray(broken.queries)[np.asarray(broken.success)] < 80).any()
+
+
+def wavy(params, x):
+    return jnp.sin(3 * x @ params[0]) @ params[1]
+
+
+def wavy_problem(k=4):
+    rng = np.random.default_rng(2)
+    params = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 20), (20, k))]
+    x = jnp.asarray(rng.uniform(0.2, 0.8, (30, 6)), jnp.float32)
+    return Partial(wavy, params), x, jnp.argmax(wavy(params, x), -1).astype(jnp.int32)
+
+
+@pytest.mark.slow
+def test_restarts_begin_elsewhere_and_find_nearer_points():
+    model, x, y = wavy_problem()
+    one, many = (go(fab(l2(1.0), steps=20, restarts=n, early=False), model, x, y) for n in (1, 5))
+    both = np.asarray(one.success & many.success)
+    assert both.sum() > 20 and (np.asarray(many.success) >= np.asarray(one.success)).all()
+    gain = np.asarray(one.size - many.size)[both]
+    assert (gain >= -1e-5).all() and (gain > 1e-4).any()
+    for norm, make in BALLS.items():
+        attack = fab_t(make(0.4), steps=3, targets=2, restarts=2, early=False)
+        state = attack.init(core.example_keys(KEY, "fab_t", jnp.arange(30)), model, x, y)
+        step = jax.jit(lambda s, a=attack: (a._begun(s, x), a.step(s, model, x, y)))
+        for number in range(12):
+            begun, after = jax.device_get(step(state)[0]), step(state)[1]
+            if number in (0, 6):  # a new target begins at the clean point
+                np.testing.assert_array_equal(begun, x)
+            if number in (3, 9):  # a restart half the smaller of budget and nearest distance away
+                far = np.linalg.norm(begun - np.asarray(x), ORDER[norm], axis=-1)
+                limit = np.minimum(0.4, state.distance) / 2
+                assert (far <= limit + 1e-5).all() and np.mean(far > 0.8 * limit) > 0.5
+            state = after
+        assert attack.start == "random" and fab_t(make(0.4)).start == "zero"
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("make", [fab, fab_t])
+def test_few_classes(make, classes):
+    model, x, y, w = problem(classes=classes)
+    found = go(make(linf(50.0), steps=20, early=False), model, x, y)
+    np.testing.assert_allclose(
+        np.minimum(found.size, 0.3), np.minimum(boundary_distance("linf", w, x, y), 0.3), rtol=0.03
+    )
+    rounds = classes - 1 if make is fab_t else 1
+    np.testing.assert_array_equal(found.queries, 2 + 2 * 20 * rounds)
+    np.testing.assert_array_equal(found.grads, 20 * rounds if make is fab_t else 20 * (classes - 1))
+
+
+def test_a_thousand_classes():
+    model, x, y, w = problem(classes=1000, b=4)
+    want = boundary_distance("l2", w, x, y)
+    found = go(fab(l2(5.0), steps=2, early=False), model, x, y)
+    np.testing.assert_allclose(found.size, want, rtol=0.06)
+    np.testing.assert_array_equal(found.grads, 2 * 999)
+    targeted = go(fab_t(l2(5.0), steps=8, early=False), model, x, y)
+    assert (np.asarray(targeted.size) >= want - 1e-5).all()
+
+
+def test_dead_gradients_and_nan_are_flagged_and_wrong_rows_come_back_unchanged():
+    model, x, y, w = problem(b=8)
+    wrong = y.copy()
+    wrong[0] = (y[0] + 1) % 5
+    found = go(fab(linf(0.2), steps=10), model, x, wrong)
+    np.testing.assert_array_equal(found.x[0], x[0])
+    assert found.success[0] and found.size[0] == 0 and found.queries[0] == 2 and found.grads[0] == 0
+
+    dead = go(fab_t(l2(0.2), steps=3), Partial(linear, jnp.zeros_like(model.args[0])), x, y * 0)
+    assert dead.flags["zero_gradient"].all() and not dead.flags["nonfinite"].any()
+    np.testing.assert_array_equal(dead.x, x)
+
+    def sick(w, x):
+        z = x @ w
+        return jnp.where(x[:, :1] > 0.55, jnp.nan, z)
+
+    for make in (fab, fab_t):
+        found = go(make(linf(0.2), steps=5), Partial(sick, model.args[0]), x, y)
+        ill = x[:, 0] > 0.55
+        assert ill.any() and found.success[ill].all() and found.flags["nonfinite"][ill].all()
+        assert np.isfinite(found.x).all() and core.feasible(linf(0.2), np.asarray(found.x), x).all()
+
+
+def test_settings_are_checked_and_names_known():
+    assert {"fab", "fab_t"} <= set(ATTACKS) and isinstance(fab(linf(0.1)), FAB)
+    assert fab(linf(0.1)).max_steps == 100 and fab_t(linf(0.1)).max_steps == 900
+    for threat in (l0(3.0), union(linf(0.1), l2(1.0))):
+        with pytest.raises(ValueError, match="linf, l2 or l1 for fab; got"):
+            fab(threat)
+    for setting in ("steps", "restarts", "targets"):
+        with pytest.raises(ValueError, match=setting):
+            fab_t(linf(0.1), **{setting: 0})
+    model, x, y, _ = problem()
+    with pytest.raises(ValueError, match="looks for any failure"):
+        fab(linf(0.1)).run(KEY, model, jnp.asarray(x), Targets(label=jnp.asarray(y), target=jnp.asarray(y)))
+    with pytest.raises(ValueError, match="norm"):
+        to_hyperplane(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones(1), (0.0, 1.0), "l3")
