@@ -98,6 +98,84 @@ FLAGS: dict[str, Kind] = {
         "Do not trust this attack's own numbers; give it the same threat as the evaluation. The report counts "
         "verified points only.",
     ),
+    "saturated_loss": Kind(
+        "warning",
+        "The gradient of the cross-entropy is exactly zero where that of the margin is not: the logits are so large "
+        "that their softmax is one and zero.",
+        "Attack with the margin or DLR loss, or divide the logits by a constant; the predictions stay the same.",
+    ),
+    "gradient_mismatch": Kind(
+        "warning",
+        "What the gradient promises does not happen: along it the margin changes by another amount, or in the other "
+        "direction.",
+        "Look for custom derivatives, quantizers with straight-through gradients and parts that are cut off; add "
+        "attacks that need no gradient.",
+    ),
+    "unstable_predictions": Kind(
+        "warning",
+        "The logits jump within a neighborhood far smaller than the budget, as if they were random.",
+        "Average gradients over a neighborhood (smoothing) or over the defense's randomness (expectation over "
+        "transformation), and add attacks that need no gradient.",
+    ),
+    "rough_landscape": Kind(
+        "warning",
+        "Along straight lines through the budget the margin goes up and down many times: gradients point nowhere.",
+        "Replace the shattering part by a smooth one on the backward pass (BPDA), or attack with smoothed gradients.",
+    ),
+    "larger_budget_safer": Kind(
+        "warning",
+        "A larger budget broke fewer examples, which is impossible for attacks that work: a larger set holds the "
+        "smaller.",
+        "Use more steps and restarts, and step sizes that grow with the budget.",
+    ),
+    "unbounded_attack_fails": Kind(
+        "warning",
+        "With no limit but the bounds the attack still left examples standing, although any input is allowed.",
+        "The gradients are masked or the attack is broken: change the loss, look for flat and cut-off parts, use "
+        "attacks that need no gradient.",
+    ),
+    "single_step_stronger": Kind(
+        "warning",
+        "One step broke more examples than many.",
+        "The steps follow a misleading gradient: check step size and loss, and add restarts and black-box attacks.",
+    ),
+    "black_box_stronger": Kind(
+        "warning",
+        "An attack without gradients broke more examples than the one with gradients, which knows more.",
+        "The gradients are masked: adapt the attack to the defense (other loss, BPDA, expectation over "
+        "transformation), and run black-box attacks with many queries.",
+    ),
+    "transfer_stronger": Kind(
+        "warning",
+        "Points made for another model broke more examples than points made for this one.",
+        "The gradients of this model are masked: attack the surrogate and carry the points over, and adapt the attack.",
+    ),
+    "more_steps_help": Kind(
+        "warning",
+        "The attack had not finished: several times the steps broke more examples.",
+        "Raise the number of steps until the accuracy stays the same.",
+    ),
+    "step_size_matters": Kind(
+        "warning",
+        "Another step size broke more examples than the one in use.",
+        "Use the best step size of the sweep, or an attack that adapts it (APGD).",
+    ),
+    "silent_success": Kind(
+        "warning",
+        "The attack passed through failing points and returned another one, so successes were lost.",
+        'Return the best point seen instead of the last one (keep="best").',
+    ),
+    "test_time_optimization": Kind(
+        "warning",
+        "The forward pass differentiates: the model optimizes something for each input before it answers.",
+        "Differentiate through all its steps, attack the static model and carry the points over, and add black-box "
+        "attacks.",
+    ),
+    "few_classes": Kind(
+        "note",
+        "There are too few classes for a part of the usual attacks: DLR needs three, its targeted form four.",
+        "Use the margin loss in their place, and say so beside the number.",
+    ),
 }
 """Flags by name; each has a test with a planted defect."""
 
