@@ -214,6 +214,15 @@ def test_lengths_only_shrink_losses_never_rise_and_points_are_feasible(kind):
         assert np.mean(states[-1].length) > length[-1].mean()
 
 
+def test_standing_still_halves_at_every_other_check():
+    """At the corner of a linear model nothing improves any more: the first check passes, then every second halves."""
+    model, x, y, _ = problem(b=4)
+    states = walk(apgd_ce(linf(0.1), rho=0.0, early=False), model, jnp.asarray(x), jnp.asarray(y))
+    halves = np.cumsum(np.isin(np.arange(101), [41, 70, 87, 99]))
+    lengths = np.stack([s.length for s in states[1:]])
+    np.testing.assert_allclose(lengths, np.repeat(0.2 / 2.0 ** halves[:, None], 4, 1), rtol=1e-6)
+
+
 def test_rounds_start_anew_and_large_budgets_shrink_to_the_given_one():
     model, x, y = net()
     states = walk(apgd_ce(linf(0.1), steps=5, restarts=2, early=False), model, x, y)
