@@ -143,15 +143,18 @@ def _short(words: str, most: int) -> str:
     return words if len(words) <= most else words[: max(most - 1, 1)] + "…"
 
 
-def curves(title: str, lines: Sequence[Curve], xlabel: str, width: int = WIDTH, height: int = HEIGHT) -> str:
+def curves(
+    title: str, lines: Sequence[Curve], xlabel: str, width: int = WIDTH, height: int = HEIGHT, series: int = 0
+) -> str:
     """Draw curves of shares with bands.
 
     Args:
       title: for readers who do not see the figure.
-      lines: the curves; the i-th has the class `s<i>`.
+      lines: the curves; the i-th has the class `s<series + i>`.
       xlabel: words below the axis.
       width: of the view box.
       height: of the view box.
+      series: number of the color of the first curve.
 
     Returns:
       The SVG element.
@@ -161,11 +164,11 @@ def curves(title: str, lines: Sequence[Curve], xlabel: str, width: int = WIDTH, 
     marks = _shares(up, width - RIGHT)
     marks += [_text(across.at(v), up.at(0) + 16, f"{v:g}") for v in ticks(0.0, top)]
     marks.append(_text((LEFT + width - RIGHT) / 2, height - 8, xlabel, "label"))
-    for i, curve in enumerate(lines):
+    for i, curve in enumerate(lines, series):
         upper = [f"{across.at(x)},{up.at(high)}" for x, (_, high) in zip(curve.x, curve.intervals)]
         lower = [f"{across.at(x)},{up.at(low)}" for x, (low, _) in zip(curve.x, curve.intervals)]
         marks.append(f'<polygon points="{" ".join(upper + lower[::-1])}" class="band s{i}"/>')
-    for i, curve in enumerate(lines):
+    for i, curve in enumerate(lines, series):
         points = " ".join(f"{across.at(x)},{up.at(y)}" for x, y in zip(curve.x, curve.y))
         marks.append(f'<polyline points="{points}" class="curve s{i}"/>')
         for x, y in zip(curve.x, curve.y):

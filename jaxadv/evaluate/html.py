@@ -14,7 +14,20 @@ from typing import Any
 import numpy as np
 
 from jaxadv.evaluate.figures import Bar, Curve, bars, curves, histogram
-from jaxadv.evaluate.markdown import carried_words, data_words, interval, percent, threat_words
+from jaxadv.evaluate.markdown import (
+    COMPARED,
+    carried_words,
+    certified_words,
+    compared,
+    confusion,
+    data_words,
+    interval,
+    percent,
+    search_words,
+    size_curve,
+    spent_words,
+    threat_words,
+)
 from jaxadv.evaluate.report import ModelReport, Report
 
 _PICTURES, _SIDE, _IMAGE_BYTES, _JSON_BYTES = 10, 96, 900_000, 700_000
@@ -96,7 +109,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
 
 def _headline(report: Report) -> str:
-    rows = []
+    rows, certified = [], any(m.certified_accuracy is not None for m in report.models)
     for model in report.models:
         worst = model.flags[0].severity if model.flags else ""
         words = f"{len(model.flags)} (worst: {worst})" if worst else "none"
@@ -107,11 +120,21 @@ def _headline(report: Report) -> str:
                 f'<span class="low">{interval(model.clean_interval)}</span>',
                 f'<span class="big">{percent(model.robust_accuracy)}</span>',
                 f'<span class="low">{interval(model.robust_interval)}</span>',
-                _e(words),
             ]
         )
-    head = ["Model", "Clean accuracy", "95 % interval", "Robust accuracy", "95 % interval", "Red flags"]
-    return f'<div class="card">{_table(head, rows)}</div>'
+        if certified:
+            value, ends = ("-", "-") if model.certified_accuracy is None else certified_words(model)
+            rows[-1] += [f'<span class="big">{value}</span>', f'<span class="low">{ends}</span>']
+        rows[-1].append(_e(words))
+    head = ["Model", "Clean accuracy", "95 % interval", "Robust accuracy", "95 % interval"]
+    head += [*(["Certified accuracy", "95 % interval"] if certified else []), "Red flags"]
+    pairs = ""
+    if len(report.models) > 1:
+        cells = [[_e(cell) for cell in row] for row in compared(report.models)]
+        pairs = (
+            f"<details><summary>Pairs on the same examples</summary>{_table(COMPARED, cells, (2, 3, 4, 5))}</details>"
+        )
+    return f'<div class="card">{_table(head, rows)}{pairs}</div>'
 
 
 def _key(names: Sequence[tuple[int, str]]) -> str:
@@ -171,9 +194,25 @@ def _attack_table(model: ModelReport, color: int) -> str:
     return _table(head, rows, (1, 2, 3, 4, 6, 7))
 
 
-def _carried(model: ModelReport) -> str:
-    words = carried_words(model)
-    return f'<p class="muted">{_e(words)}</p>' if words else ""
+def _words(model: ModelReport) -> str:
+    words = " ".join(w for w in (spent_words(model), search_words(model), carried_words(model)) if w)
+    return f'<p class="muted">{_e(words)}</p>'
+
+
+def _confusion(model: ModelReport, classes: int) -> str:
+    """Labels against what the model says under attack."""
+    if classes > 20:
+        return f'<p class="muted">Not shown for {classes} classes; see the outcomes in report.json.</p>'
+    table = confusion(model.examples, classes)
+    last = [] if not any(row[-1] for row in table) else ["not finite"]
+    head = ["Label", *map(str, range(classes)), *last]
+    rows = []
+    for label, row in enumerate(table):
+        most = max(sum(row), 1)
+        cells = [f'<span style="opacity:{0.35 + 0.65 * n / most:.2f}">{n or "·"}</span>' for n in row]
+        rows.append([f"<b>{label}</b>", *cells[: classes + len(last)]])
+    words = "Rows: labels; columns: predictions at the points that the attacks found (at the clean one where none did)."
+    return f'{_table(head, rows, range(1, len(head)))}<p class="muted">{words}</p>'
 
 
 def _flag_list(model: ModelReport) -> str:
@@ -198,7 +237,15 @@ def _sizes(model: ModelReport, color: int) -> str:
     title = f"Sizes of {len(sizes)} verified perturbations of {model.name}, from {min(sizes):.4g} to {max(sizes):.4g}"
     figure = histogram(title, sizes, float(top), f"size ({norm}), budget {top:.4g}", color)
     words = f"Sizes of the {len(sizes)} verified perturbations; attacks of a fixed budget move to its edge."
-    return f"<figure>{figure}<figcaption>{words}</figcaption></figure>"
+    out = f"<figure>{figure}<figcaption>{words}</figcaption></figure>"
+    if isinstance(eps, list) or sum(s < 0.98 * eps for s in sizes) < 0.1 * len(sizes):
+        return out
+    points = size_curve(columns, eps)
+    line = Curve(model.name, [p[0] for p in points], [p[1] for p in points], [(p[1], p[1]) for p in points])
+    title = f"Robust accuracy of {model.name} over the budget, from the sizes of the smallest perturbations found"
+    figure = curves(title, [line], f"size ({norm})", series=color)
+    words = "Robust accuracy at smaller budgets, as far as these perturbations tell: an upper bound."
+    return f"{out}<figure>{figure}<figcaption>{words}</figcaption></figure>"
 
 
 def png(image: np.ndarray) -> str:
@@ -242,7 +289,8 @@ def _wall(report: Report, number: int) -> str:
     if not len(broken):
         return '<p class="muted">No pictures: no example was broken.</p>'
     shared = (by[:, broken] >= 0).sum(0)  # the same examples for all models where possible
-    chosen = broken[np.argsort(-shared, kind="stable")][:_PICTURES]
+    sizes = np.asarray([columns["size"][row] for row in broken], float)
+    chosen = broken[np.lexsort((sizes, -shared))][:_PICTURES]
     low, high = (np.asarray(b, np.float64) for b in model.threat["bounds"])
     clean = (images[chosen] - low.min()) / (high.max() - low.min())
     moved = (model.x_adv.reshape(images.shape)[chosen] - low.min()) / (high.max() - low.min())
@@ -277,7 +325,8 @@ def _wall(report: Report, number: int) -> str:
             break
         cards.append(f"<figure>{card}</figure>")
     words = (
-        f"Broken examples{' (those that break in every model first)' if len(report.models) > 1 else ''}: the clean "
+        f"Broken examples, smallest perturbation first"
+        f"{' (and before them those that break in every model)' if len(report.models) > 1 else ''}: the clean "
         f"example, the "
         f"adversarial one, and their difference magnified {gain:.3g} times around gray."
     )
@@ -309,9 +358,10 @@ def _model_section(report: Report, number: int) -> str:
         points = f"<details><summary>Security curve in numbers</summary>{_table(head, rows, (0, 3, 4))}</details>"
     cards = {
         "Red flags": _flag_list(model),
-        "Attacks, each on the survivors of those before": _carried(model) + _attack_table(model, color) + points,
+        "Attacks, each on the survivors of those before": _words(model) + _attack_table(model, color) + points,
         "Sizes of perturbations": _sizes(model, color),
-        "Adversarial examples": _wall(report, number),
+        "Confusion under attack": _confusion(model, report.data["classes"]),
+        "Adversarial examples: the closest calls": _wall(report, number),
     }
     body = "".join(f'<div class="card"><h3>{head}</h3>{content}</div>' for head, content in cards.items())
     return f'<section><h2><i class="s{color}"></i>{_e(model.name)}</h2>{targeted}{body}</section>'
@@ -336,11 +386,21 @@ def _settings(report: Report) -> str:
     for entry in report.timing.get("models", []):
         times.append([_e(entry["name"]), "in all", f"{entry['total']:.2f}"])
         times += [["", f"<code>{_e(a['name'])}</code>", f"{a['seconds']:.2f}"] for a in entry.get("attacks", [])]
+    for entry in report.timing.get("models", []):
+        if cost := entry.get("cost"):
+            times.append([_e(entry["name"]), "a gradient, a forward pass of one row", _pair(cost)])
+            times += [
+                ["", f"overhead of <code>{_e(a['name'])}</code>", f"{a['overhead']:.2f}"] for a in cost["attacks"]
+            ]
     blocks.append(
         "<details><summary>Timing, compilation included</summary>"
         f"{_table(['Model', 'Part', 'Seconds'], times, (2,))}</details>"
     )
     return "".join(blocks)
+
+
+def _pair(cost: Any) -> str:
+    return f"{cost['t_grad']:.3g}, {cost['t_fwd']:.3g}"
 
 
 def _embedded(report: Report) -> str:

@@ -60,3 +60,21 @@ def share(hits: int, n: int, level: float = 0.95) -> tuple[float, tuple[float, f
       `(hits / n, (low, high))`.
     """
     return hits / n, clopper_pearson(hits, n, level)
+
+
+def mcnemar(one: int, two: int) -> float:
+    """Test whether two models differ, from the examples on which one alone is right.
+
+    Args:
+      one: examples that the first model alone gets right.
+      two: examples that the second model alone gets right.
+
+    Returns:
+      The two-sided p-value of the exact (binomial) McNemar test; 1 where they never differ.
+
+    References:
+      McNemar 1947, Note on the sampling error of the difference between correlated proportions.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(one, one + two, 0.5).pvalue) if one + two else 1.0

@@ -3,9 +3,11 @@
 What lives here: `render` and how numbers, intervals and threats are put in words. What does not: pictures (`html`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from jaxadv.evaluate.report import ModelReport, Report
+from jaxadv.evaluate.intervals import mcnemar
+from jaxadv.evaluate.report import CERTIFIED, MISCLASSIFIED, ROBUST, ModelReport, Report
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0"}
 _MARKS = {"error": "**error**", "warning": "**warning**", "note": "note"}
@@ -70,6 +72,109 @@ def data_words(data: dict[str, Any]) -> str:
     return f"{name}{split}, {data['n']} examples of shape {shape}, {data['classes']} classes"
 
 
+def certified_words(model: ModelReport) -> list[str]:
+    """Return the certified accuracy of a model and its interval in words.
+
+    Args:
+      model: a model's report; it has a certified accuracy.
+
+    Returns:
+      Two words.
+    """
+    return [percent(model.certified_accuracy or 0.0), interval(model.certified_interval or (0.0, 0.0))]
+
+
+def confusion(columns: dict[str, list], classes: int) -> list[list[int]]:
+    """Count what the examples of each class are taken for under attack.
+
+    Args:
+      columns: of the outcome table.
+      classes: number of classes.
+
+    Returns:
+      A row for each label: counts for each predicted class, and last those whose logits are not finite.
+    """
+    table = [[0] * (classes + 1) for _ in range(classes)]
+    for label, said in zip(columns["label"], columns["adversarial"]):
+        table[label][said if said >= 0 else classes] += 1
+    return table
+
+
+def size_curve(columns: dict[str, list], eps: float, points: int = 24) -> list[tuple[float, float]]:
+    """Return the share of examples that no verified perturbation up to a size breaks: robust accuracy from sizes.
+
+    Args:
+      columns: of the outcome table.
+      eps: the budget.
+      points: number of sizes between 0 and the budget.
+
+    Returns:
+      `(size, share)`, sizes rising; it cannot rise, and at the budget it is the robust accuracy.
+    """
+    n = len(columns["by"])
+    sizes = sorted(s for s, by in zip(columns["size"], columns["by"]) if by >= 0 or by == MISCLASSIFIED)
+    grid = [eps * i / points for i in range(points + 1)]
+    counts = [sum(s <= at for s in sizes) for at in grid[:-1]] + [len(sizes)]  # the last: rounding above the budget too
+    return [(at, (n - count) / n) for at, count in zip(grid, counts)]
+
+
+def spent_words(model: ModelReport) -> str:
+    """Tell what the attacks cost.
+
+    Args:
+      model: a model's report.
+
+    Returns:
+      A sentence.
+    """
+    queries, grads = (sum(a[name] for a in model.attacks) for name in ("queries", "grads"))
+    attacked = max((a["attacked"] for a in model.attacks), default=0)
+    each = f", {grads / attacked:,.0f} gradients for each attacked example" if attacked else ""
+    return f"In all {queries:,} forward passes of rows, {grads:,} of them with a gradient{each}."
+
+
+def search_words(model: ModelReport) -> str:
+    """Tell how the attacks were computed.
+
+    Args:
+      model: a model's report.
+
+    Returns:
+      A sentence, or nothing where the report does not say.
+    """
+    search = model.search
+    if not search["slots"]:
+        return ""
+    where = f" on each of {search['devices']} devices" if search["devices"] > 1 else ""
+    again = f"; {search['retried']} runs were repeated in float32" if search["retried"] else ""
+    return f"{search['slots']} slots{where}, attacks in {search['dtype']}{again}."
+
+
+def compared(models: Sequence[ModelReport]) -> list[list[str]]:
+    """Compare models pairwise on the same examples.
+
+    Args:
+      models: reports about the same examples.
+
+    Returns:
+      For each pair: names, how many examples hold in one alone, and the p-value of the exact McNemar test.
+    """
+    rows = []
+    held = [[by in (ROBUST, CERTIFIED) for by in m.examples["by"]] for m in models]
+    for i in range(len(models)):
+        for j in range(i + 1, len(models)):
+            one = sum(a and not b for a, b in zip(held[i], held[j]))
+            two = sum(b and not a for a, b in zip(held[i], held[j]))
+            both = sum(a and b for a, b in zip(held[i], held[j]))
+            chance = mcnemar(one, two)
+            rows.append([models[i].name, models[j].name, str(both), str(one), str(two), f"{chance:.3g}"])
+    return rows
+
+
+COMPARED = ("One", "Other", "Robust in both", "In one alone", "In the other alone", "p (McNemar)")
+"""Head of the table of `compared`."""
+
+
 def carried_words(model: ModelReport) -> str:
     """Tell how many examples the attacks did not have to break, because a smaller budget of the curve had done so.
 
@@ -107,7 +212,7 @@ def _model(model: ModelReport) -> list[str]:
         for a in model.attacks
     ]
     words = carried_words(model)
-    out += ["", *_table(head, rows), *([words, ""] if words else [])]
+    out += ["", *_table(head, rows), " ".join(w for w in (spent_words(model), search_words(model), words) if w), ""]
     if model.curve:
         points = [
             [
@@ -139,15 +244,21 @@ def render(report: Report) -> str:
     Returns:
       The text, ending in a newline.
     """
-    head = ["model", "clean accuracy", "95 % interval", "robust accuracy", "95 % interval", "flags"]
-    rows = [
-        [m.name, percent(m.clean_accuracy), interval(m.clean_interval), percent(m.robust_accuracy)]
-        + [interval(m.robust_interval), ", ".join(f.name for f in m.flags) or "none"]
-        for m in report.models
-    ]
+    certified = any(m.certified_accuracy is not None for m in report.models)
+    head = ["model", "clean accuracy", "95 % interval", "robust accuracy", "95 % interval"]
+    head += [*(["certified accuracy", "95 % interval"] if certified else []), "flags"]
+    rows = []
+    for m in report.models:
+        row = [m.name, percent(m.clean_accuracy), interval(m.clean_interval), percent(m.robust_accuracy)]
+        row.append(interval(m.robust_interval))
+        if certified:
+            row += ["-", "-"] if m.certified_accuracy is None else certified_words(m)
+        rows.append([*row, ", ".join(f.name for f in m.flags) or "none"])
     threats = list(dict.fromkeys(threat_words(m.threat) for m in report.models))
     out = ["# Robustness report", "", f"Data: {data_words(report.data)}.", ""]
     out += [f"Threat: {'; '.join(threats)}.", "", *_table(head, rows)]
+    if len(report.models) > 1:
+        out += _table(list(COMPARED), compared(report.models))
     for model in report.models:
         out += _model(model)
     out += ["## How to read this", ""]

@@ -377,3 +377,119 @@ def test_impossible_arguments_are_refused_with_a_remedy(kit, change, words):
     good = {"key": KEY, "model": p.model, "x": p.x, "y": np.zeros(8, np.int32), "threat": LINF, "attacks": "fgsm"}
     with pytest.raises((ValueError, TypeError), match=words):
         evaluate(**(good | change))
+
+
+def near(key, model, x, y, threat, index):
+    """A certificate that tells the truth about a linear model, except about every fifth example."""
+    w, b = (np.asarray(a, np.float64) for a in model.args)
+    z = np.asarray(x, np.float64) @ w + b
+    gap = np.abs(z[:, 1] - z[:, 0]) / np.abs(w[:, 1] - w[:, 0]).sum()
+    return (gap > np.max(threat.eps)) & (np.asarray(index) % 5 > 0)
+
+
+def test_certified_examples_are_not_attacked_and_bound_the_accuracy_from_below(kit):
+    p = kit.linear()
+    report = evaluate(KEY, p.model, p.x, p.y, LINF, attacks="fgsm", certificate=near, eps_curve=(0.01, 0.04))
+    plain = evaluate(KEY, p.model, p.x, p.y, LINF, attacks="fgsm", eps_curve=(0.01, 0.04))
+    model, by = report.models[0], np.asarray(report.models[0].examples["by"])
+    covered = (p.far > 0.02) & (np.arange(300) % 5 > 0)
+    np.testing.assert_array_equal(by == -3, covered)
+    assert model.certified_accuracy == covered.mean() < model.robust_accuracy == plain.models[0].robust_accuracy
+    low, high = model.certified_interval
+    assert low < model.certified_accuracy < high
+    open_now = (p.far > 0.01) & ~covered  # what the smaller budget broke is carried over
+    assert model.attacks[0]["attacked"] == open_now.sum()
+    for point, eps in zip(model.curve, (0.01, 0.02, 0.04)):
+        assert point["certified_accuracy"] == np.mean((p.far > eps) & (np.arange(300) % 5 > 0))
+        assert point["robust_accuracy"] == np.mean(p.far > eps)
+    assert model.attacks[-1]["robust_accuracy_after"] == model.robust_accuracy
+    assert any(s.startswith("Certified accuracy is a lower bound") for s in model.statements)
+    assert plain.models[0].certified_accuracy is None and plain.models[0].certified_interval is None
+    np.testing.assert_array_equal(model.x_adv[covered], p.x[covered])
+    with pytest.raises(TypeError, match=r"certificate must return bool \[b\].*Radii"):
+        evaluate(KEY, p.model, p.x, p.y, LINF, attacks="fgsm", certificate=lambda *args: np.full(len(args[2]), 0.3))
+
+
+def test_a_search_in_bfloat16_counts_only_what_float32_confirms(kit):
+    p = kit.linear()
+    p.model = Partial(kit.affine, p.w, p.b + 100)  # bfloat16 sees no difference between the logits
+    report = evaluate(KEY, p.model, p.x, p.y, LINF, attacks=("fgsm",), search_dtype="bfloat16")
+    model = report.models[0]
+    np.testing.assert_array_equal(np.asarray(model.examples["by"]) == -1, p.far > 0.02)
+    assert model.search["dtype"] == "bfloat16" and model.search["retried"] > 10
+    assert any("bfloat16" in s for s in model.statements)
+    assert evaluate.verify_report(report, p.model) == []
+    low = engine.bfloat16(p.model)
+    assert low.args[0].args[0].dtype == jnp.bfloat16 and low(jnp.asarray(p.x[:2])).dtype == jnp.float32
+    with pytest.raises(ValueError, match="unknown search_dtype 'float16'"):
+        evaluate(KEY, p.model, p.x, p.y, LINF, search_dtype="float16")
+
+
+def test_several_devices_and_other_slots_change_nothing(kit):
+    p = kit.linear()
+    mesh = jax.make_mesh((8,), ("data",))
+    settings = {"attacks": ("r_fgsm",), "restarts": 2}
+    one = evaluate(KEY, p.model, p.x, p.y, LINF, slots=11, **settings).models[0]
+    many = evaluate(KEY, p.model, p.x, p.y, LINF, slots=11, mesh=mesh, **settings).models[0]
+    few = evaluate(KEY, p.model, p.x, p.y, LINF, slots=7, **settings).models[0]
+    assert one.examples["by"] == many.examples["by"] == few.examples["by"]
+    assert one.x_adv.tobytes() == many.x_adv.tobytes()
+    assert one.attacks == many.attacks == few.attacks
+    assert (many.search["devices"], many.search["slots"], few.search["slots"]) == (8, 11, 7)
+
+
+def test_each_example_may_have_a_budget_of_its_own_in_slots(kit):
+    p = kit.linear()
+    eps = np.where(np.arange(300) % 2, 0.01, 0.04).astype(np.float32)
+    report = evaluate(KEY, p.model, p.x, p.y, threats.linf(eps), attacks="fgsm", slots=13)
+    np.testing.assert_array_equal(np.asarray(report.models[0].examples["by"]) == -1, p.far > eps)
+    assert evaluate.verify_report(report, p.model) == []
+
+
+def test_what_the_evaluation_costs_beyond_the_model_is_timed_when_asked(kit):
+    p = kit.linear(n=60)
+    report = evaluate(KEY, p.model, p.x, p.y, LINF, attacks="fgsm", measure=True)
+    cost = report.timing["models"][0]["cost"]
+    assert cost["t_grad"] > 0 and cost["t_fwd"] > 0 and [a["name"] for a in cost["attacks"]] == ["fgsm", "noise"]
+    assert cost["attacks"][0]["overhead"] > 0
+
+
+def test_a_diagnosis_is_entered_beside_the_evaluations_own_flags(kit):
+    p, asked = kit.linear(n=60), []
+
+    class Said:
+        flags = (evaluate.flags.flag("zero_gradient", 1.0, 0.0, "planted"),)
+        numbers = {"checks": {"a": 1.5}}
+
+    def diagnosis(key, model, x, y, threat):
+        asked.append((x.shape, threat.norm))
+        return Said
+
+    model = evaluate(KEY, p.model, p.x, p.y, LINF, attacks="fgsm", diagnostics=diagnosis).models[0]
+    assert asked == [((60, 6), "linf")] and model.diagnostics == {"checks": {"a": 1.5}}
+    assert [f.name for f in model.flags if f.detail == "planted"] == ["zero_gradient"]
+    assert evaluate(KEY, p.model, p.x, p.y, LINF, attacks="fgsm").models[0].diagnostics is None
+
+
+def test_stored_points_that_do_not_hold_are_named(kit):
+    p = kit.linear()
+    report = evaluate(KEY, p.model, p.x, p.y, LINF, attacks="fgsm")
+    model, by = report.models[0], np.asarray(report.models[0].examples["by"])
+    hit, held = np.flatnonzero(by >= 0), np.flatnonzero(by == -1)
+    x_adv = model.x_adv.copy()
+    x_adv[hit[0]] += 0.05
+    x_adv[hit[1]] = p.x[hit[1]]
+    x_adv[held[0]] += 0.001
+    spoiled = core.types.dataclasses.replace(report, models=[core.types.dataclasses.replace(model, x_adv=x_adv)])
+    wrong = evaluate.verify_report(spoiled, p.model, batch_size=32)
+    said = {}
+    for place, row, words in wrong:
+        assert place == 0
+        said.setdefault(row, []).append(words)
+    assert sorted(said) == sorted([hit[0], hit[1], held[0]])
+    assert "outside bounds or budget" in said[hit[0]][0] and any("classifies it correctly" in w for w in said[hit[1]])
+    assert "is not the clean one" in said[held[0]][0]
+    assert evaluate.verify_report(report, p.model) == [] == evaluate.verify_report(report)
+    bare = core.types.dataclasses.replace(report, x=None)
+    with pytest.raises(ValueError, match="must hold its examples"):
+        evaluate.verify_report(bare)

@@ -90,7 +90,7 @@ def test_pictures_and_figures_have_words_for_those_who_do_not_see_them(page):
     images = [a for t, a in page.tags if t == "img"]
     assert images and all(len(a["alt"]) > 10 for a in images)
     drawn = [a for t, a in page.tags if t == "svg"]
-    assert len(drawn) == 4 and all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in drawn)
+    assert len(drawn) == 6 and all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in drawn)
     assert ("html", {"lang": "en"}) in page.tags and "prefers-color-scheme: dark" in html._STYLE
 
 
@@ -102,8 +102,8 @@ def test_the_wall_shows_clean_adversarial_and_magnified_difference(page, picture
     images = [a for t, a in page.tags if t == "img"]
     first = {m.name: [i for i, b in enumerate(m.examples["by"]) if b >= 0] for m in pictures.models}
     both = [i for i in first["plain"] if i in first["twin"]]
-    row = (both or first["plain"])[0]
     model = pictures.models[0]
+    row = min(both or first["plain"], key=lambda i: model.examples["size"][i])  # the closest call
     clean, moved = pictures.x[row, ..., 0], model.x_adv[row, ..., 0]
     np.testing.assert_allclose(decoded(images[0]["src"]), 255 * clean, atol=0.51)
     np.testing.assert_allclose(decoded(images[1]["src"]), 255 * moved, atol=0.51)
@@ -192,3 +192,80 @@ def test_the_report_is_what_the_pages_read(pictures):
     again = report.from_json(pictures.to_json())
     assert markdown.render(again) == markdown.render(pictures)
     assert isinstance(figures.WIDTH, int)
+
+
+def test_the_confusion_under_attack_counts_every_example(page, pictures):
+    for model in pictures.models:
+        table = markdown.confusion(model.examples, 3)
+        want = np.zeros((3, 4), int)
+        for label, said in zip(model.examples["label"], model.examples["adversarial"]):
+            want[label, said] += 1  # -1 is the last column: not finite
+        np.testing.assert_array_equal(table, want)
+        assert sum(map(sum, table)) == 30
+    assert "Confusion under attack" in page.text
+    many = dataclasses.replace(pictures, data=pictures.data | {"classes": 21})
+    assert "Not shown for 21 classes" in Page(html.render(many)).text
+
+
+def test_robust_accuracy_from_sizes_meets_both_ends(pictures):
+    for model in pictures.models:
+        eps = model.threat["eps"]
+        curve = markdown.size_curve(model.examples, eps)
+        assert curve[0] == (0.0, model.clean_accuracy) and curve[-1][0] == eps
+        assert curve[-1][1] == pytest.approx(model.robust_accuracy)
+        shares = [share for _, share in curve]
+        assert shares == sorted(shares, reverse=True)
+        at, share = curve[8]
+        sizes = [s for s, by in zip(model.examples["size"], model.examples["by"]) if by != -1]
+        assert share == pytest.approx(1 - np.mean([s <= at for s in sizes]) * len(sizes) / 30)
+
+
+def test_models_are_compared_on_the_same_examples(page, pictures):
+    (row,) = markdown.compared(pictures.models)
+    held = [np.asarray(m.examples["by"]) == -1 for m in pictures.models]
+    counts = [int((held[0] & held[1]).sum()), int((held[0] & ~held[1]).sum()), int((~held[0] & held[1]).sum())]
+    assert row[:2] == ["plain", "twin"] and [int(v) for v in row[2:5]] == counts
+    for word in (*markdown.COMPARED, row[5]):
+        assert word in page.text and word in markdown.render(pictures)
+    alone = dataclasses.replace(pictures, models=pictures.models[:1])
+    assert "McNemar" not in html.render(alone) and "McNemar" not in markdown.render(alone)
+
+
+def test_certified_accuracy_stands_beside_the_upper_bound(pictures):
+    model = pictures.models[0]
+    by = list(model.examples["by"])
+    covered = [i for i, b in enumerate(by) if b == -1][:4]
+    for i in covered:
+        by[i] = report.CERTIFIED
+    sure = dataclasses.replace(
+        model,
+        examples=model.examples | {"by": by},
+        certified_accuracy=len(covered) / 30,
+        certified_interval=(0.03, 0.4),
+    )
+    both = dataclasses.replace(pictures, models=[sure, pictures.models[1]])
+    assert report.from_json(both.to_json()) == both
+    text, marked = Page(html.render(both)).text, markdown.render(both)
+    for words in (*markdown.certified_words(sure), "ertified accuracy"):
+        assert words in text and words in marked
+    assert "ertified accuracy" not in Page(html.render(pictures)).text.split("How to read this")[0]
+    with pytest.raises(ValueError, match="must add up"):
+        report.from_dict(
+            dataclasses.replace(both, models=[dataclasses.replace(sure, certified_accuracy=0.2)]).to_dict()
+        )
+
+
+def test_the_cost_is_told(page, pictures):
+    model = pictures.models[0]
+    grads = sum(a["grads"] for a in model.attacks)
+    assert (
+        f"{grads:,} of them with a gradient" in markdown.spent_words(model) and markdown.spent_words(model) in page.text
+    )
+    assert markdown.search_words(model) == f"{model.search['slots']} slots, attacks in float32."
+    many = dataclasses.replace(model, search={"slots": 9, "devices": 8, "dtype": "bfloat16", "retried": 3})
+    words = "9 slots on each of 8 devices, attacks in bfloat16; 3 runs were repeated in float32."
+    assert markdown.search_words(many) == words
+    cost = {"t_grad": 0.00123, "t_fwd": 0.0005, "attacks": [{"name": "fgsm", "overhead": 1.25}]}
+    timing = {"models": [pictures.timing["models"][0] | {"cost": cost}]}
+    text = Page(html.render(dataclasses.replace(pictures, models=[model], timing=timing))).text
+    assert "0.00123, 0.0005" in text and "1.25" in text

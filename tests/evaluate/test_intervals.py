@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binom, binomtest
 
-from jaxadv.evaluate import clopper_pearson
+from jaxadv.evaluate import clopper_pearson, intervals
 from jaxadv.evaluate.intervals import share
 
 
@@ -51,3 +51,10 @@ def test_a_share_comes_with_its_interval():
 def test_impossible_counts_are_refused(arguments, words):
     with pytest.raises((ValueError, TypeError), match=words if arguments != (0.5, 3) else None):
         clopper_pearson(*arguments)
+
+
+def test_mcnemar_is_the_binomial_test():
+    assert intervals.mcnemar(0, 0) == 1.0
+    assert intervals.mcnemar(3, 3) == 1.0
+    assert intervals.mcnemar(0, 5) == pytest.approx(2 / 2**5)
+    assert intervals.mcnemar(1, 7) == intervals.mcnemar(7, 1) == pytest.approx(2 * (1 + 8) / 2**8)

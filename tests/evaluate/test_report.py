@@ -126,3 +126,35 @@ def test_the_outcomes_add_up(pictures):
         assert by.count(report.ROBUST) / 30 == model.robust_accuracy
         assert by.count(report.MISCLASSIFIED) / 30 == pytest.approx(1 - model.clean_accuracy)
         assert model.attacks[-1]["robust_accuracy_after"] == model.robust_accuracy
+
+
+def test_reports_of_the_first_schema_are_still_read(pictures):
+    tree = pictures.to_dict()
+    for model in tree["models"]:
+        for name in ("certified_accuracy", "certified_interval", "search", "diagnostics"):
+            del model[name]
+        for point in model["curve"]:
+            del point["certified_accuracy"]
+    tree["schema"] = "jaxadv.report/1"
+    assert report.OLDER == (tree["schema"],)
+    back = report.from_json(report.dumps(tree))
+    assert back.models[0].examples == pictures.models[0].examples and back.to_dict()["schema"] == evaluate.SCHEMA
+    assert back.models[0].certified_accuracy is None and back.models[0].search["slots"] == 0
+    assert html.render(back) and report.from_json(back.to_json()) == back
+    with pytest.raises(ValueError, match="report must have"):
+        report.from_dict({"schema": "jaxadv.report/1", "models": 3})
+
+
+def test_the_entries_of_a_leaderboard(pictures):
+    entries = pictures.robustbench(authors="A and B", additional_data=True)
+    assert [e["name"] for e in entries] == ["plain", "twin"]
+    fields = "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported"
+    fields += " autoattack_acc external footnote unreliable corruptions_acc corruptions_mce"
+    for entry, model in zip(entries, pictures.models):
+        assert set(fields.split()) < set(entry) and json.loads(json.dumps(entry, allow_nan=False)) == entry
+        assert entry["clean_acc"] == f"{100 * model.clean_accuracy:.2f}" and entry["authors"] == "A and B"
+        assert entry["autoattack_acc"] == f"{100 * model.robust_accuracy:.2f}" and entry["additional_data"] is True
+        assert [a["name"] for a in entry["per_attack"]] == [a["name"] for a in model.attacks]
+        assert all(a["seconds"] >= 0 for a in entry["per_attack"])
+        assert entry["ci95"] == [100 * v for v in model.robust_interval]
+        assert entry["unreliable"] is any(f.severity == "error" for f in model.flags)
