@@ -23,6 +23,7 @@ from jaxadv.attacks.gradient import r_fgsm as r_fgsm
 from jaxadv.attacks.minimum import FAB as FAB
 from jaxadv.attacks.minimum import fab as fab
 from jaxadv.attacks.minimum import fab_t as fab_t
+from jaxadv.attacks.scale import scaled as scaled
 from jaxadv.core.run import best_of as best_of
 from jaxadv.core.types import Attack
 

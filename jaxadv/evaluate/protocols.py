@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxadv import losses
-from jaxadv.attacks import ATTACKS
+from jaxadv.attacks import ATTACKS, scaled
 from jaxadv.attacks.autoattack import Chain
 from jaxadv.attacks.autoattack import Stage as Stage
 from jaxadv.attacks.autoattack import stages as autoattack
@@ -84,31 +84,6 @@ def with_eps(threat: Threat, eps: float) -> Threat:
     old = threat.eps
     new = float(eps) if isinstance(old, (int, float)) else np.asarray(eps, np.asarray(old).dtype)
     return dataclasses.replace(threat, eps=new)  # pyright: ignore[reportArgumentType]
-
-
-def refit(attack: Any, old: float, new: float) -> Any:
-    """Give an attack another budget: budgets of its threats and its step sizes are scaled by `new / old`.
-
-    Args:
-      attack: a frozen dataclass with `threat` and perhaps `step_size`, or one that holds such attacks.
-      old: the budget it was made for.
-      new: the budget it gets.
-
-    Returns:
-      The attack; its structure is unchanged, so compiled programs are reused.
-    """
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(attack):
-        value: Any = getattr(attack, field.name)
-        if field.name == "step_size":
-            changes[field.name] = value * (new / old)
-        elif isinstance(value, Threat):
-            changes[field.name] = with_eps(value, new if float(value.eps) == old else float(value.eps) * (new / old))
-        elif isinstance(value, Attack):
-            changes[field.name] = refit(value, old, new)
-        elif isinstance(value, tuple) and value and all(isinstance(v, Attack) for v in value):
-            changes[field.name] = tuple(refit(v, old, new) for v in value)
-    return dataclasses.replace(attack, **changes)
 
 
 def stages_of(attacks: Any, restarts: int | None, norm: str = "linf") -> tuple[Stage, ...]:
@@ -189,7 +164,7 @@ def build(stage: Stage, base: Threat, threat: Threat) -> Any:
         )
     if threat.eps is base.eps:
         return stage.attack
-    return refit(stage.attack, float(base.eps), float(threat.eps))
+    return scaled(stage.attack, float(threat.eps) / float(base.eps))
 
 
 def describe(attack: Any) -> dict[str, Any]:

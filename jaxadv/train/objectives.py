@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import attacks, losses
-from jaxadv.attacks.scale import scaled
 from jaxadv.core import Attack, Model, Objective, Threat, check, robust
 
 ATTACK_BN = ("eval", "local")
@@ -77,7 +76,7 @@ def _standard(apply, params, state, batch, key, *, bn, label_smoothing):
 def _pgd_at(apply, params, state, batch, key, *, attack, growth, bn_attack, bn, label_smoothing):
     model = frozen(apply, params, state, bn=bn_attack)
     if growth is not None:
-        attack = scaled(attack, growth(batch["step"]))
+        attack = attacks.scaled(attack, growth(batch["step"]))
     x = lax.stop_gradient(attack.run(key, model, batch["x"], batch["y"], index=batch["index"]).x)
     return _fit(apply, params, state, x, batch, key, bn, label_smoothing, "robust")
 

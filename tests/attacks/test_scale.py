@@ -7,7 +7,6 @@ import pytest
 from jax.tree_util import Partial
 
 from jaxadv import attacks, threats
-from jaxadv.attacks.scale import scaled
 
 
 def linear(w, x):
@@ -24,7 +23,7 @@ def problem():
 
 def test_twice_the_budget(problem, key):
     model, x, y = problem
-    got = scaled(attacks.pgd(threats.linf(0.05), steps=5), 2.0)
+    got = attacks.scaled(attacks.pgd(threats.linf(0.05), steps=5), 2.0)
     want = attacks.pgd(threats.linf(0.1), steps=5)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     np.testing.assert_allclose(got.run(key, model, x, y).x, want.run(key, model, x, y).x, atol=1e-6)
@@ -33,11 +32,11 @@ def test_twice_the_budget(problem, key):
 def test_a_budget_for_each_example(problem, key):
     model, x, y = problem
     attack = attacks.pgd(threats.l2(0.2), steps=5, step_size=0.1, start="zero")
-    found = jax.jit(lambda f: scaled(attack, f).run(key, model, x, y))(jnp.asarray([0.25, 0.5, 1.0, 0.5]))
+    found = jax.jit(lambda f: attacks.scaled(attack, f).run(key, model, x, y))(jnp.asarray([0.25, 0.5, 1.0, 0.5]))
     np.testing.assert_allclose(found.size, [0.05, 0.1, 0.2, 0.1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
 def test_factors_that_leave_no_budget(factor):
     with pytest.raises(ValueError, match="factor must be finite and greater than 0"):
-        scaled(attacks.fgsm(threats.linf(0.1)), factor)
+        attacks.scaled(attacks.fgsm(threats.linf(0.1)), factor)

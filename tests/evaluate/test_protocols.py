@@ -8,7 +8,7 @@ from jaxadv import attacks, losses, threats
 from jaxadv.attacks.autoattack import fitting
 from jaxadv.attacks.autoattack import stages as autoattack_stages
 from jaxadv.evaluate import PROTOCOLS, Stage
-from jaxadv.evaluate.protocols import Each, build, describe, refit, stages_of, with_eps
+from jaxadv.evaluate.protocols import Each, build, describe, stages_of, with_eps
 
 LINF = threats.linf(0.1)
 
@@ -63,13 +63,13 @@ def test_budgets_of_their_own_make_attacks_of_their_own():
     np.testing.assert_allclose(one.step_size, two.step_size)
 
 
-def test_a_refitted_attack_is_the_attack_built_for_that_budget():
-    one = refit(attacks.pgd(threats.linf(0.1), steps=10, loss=losses.margin), 0.1, 0.2)
+def test_a_scaled_attack_is_the_attack_built_for_that_budget():
+    one = attacks.scaled(attacks.pgd(threats.linf(0.1), steps=10, loss=losses.margin), 2.0)
     two = attacks.pgd(threats.linf(0.2), steps=10, loss=losses.margin)
     assert jax.tree.structure(one) == jax.tree.structure(two)
     np.testing.assert_allclose(jax.tree.leaves(one), jax.tree.leaves(two))
     assert one.threat.eps == 0.2
-    half = refit(attacks.fgsm(threats.linf(0.05)), 0.1, 0.2)  # made for half the budget, stays at half
+    half = attacks.scaled(attacks.fgsm(threats.linf(0.05)), 2.0)  # made for half the budget, stays at half
     assert half.threat.eps == pytest.approx(0.1) and half.step_size == pytest.approx(0.1)
 
 
