@@ -5,6 +5,9 @@ import sys
 import types
 
 from jaxadv.evaluate import engine
+from jaxadv.evaluate.diagnostics import CHECKS as CHECKS
+from jaxadv.evaluate.diagnostics import Diagnosis as Diagnosis
+from jaxadv.evaluate.diagnostics import diagnose as diagnose
 from jaxadv.evaluate.flags import FLAGS as FLAGS
 from jaxadv.evaluate.flags import Flag as Flag
 from jaxadv.evaluate.inputs import TARGET_RULES as TARGET_RULES

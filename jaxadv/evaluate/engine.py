@@ -1,8 +1,8 @@
 """The evaluation: attacks on the survivors of one another, every success verified, every example accounted for.
 
 What lives here: the loop over budgets, attacks and restarts, what is entered about each example, and what a resumed run
-takes over from its journal. What does not: attacks, how they are served (`slots`), the verdict (`verdict`), flags,
-intervals, pages.
+takes over from its journal. What does not: attacks, how they are served (`slots`), the verdict (`verdict`), the records
+(`ledger`), what is told about them (`findings`), pages.
 
 The rules of honesty:
 
@@ -20,7 +20,7 @@ Programs: one for each (attack structure, number of slots). Attack, model and ke
 so other budgets and other weights reuse it.
 """
 
-import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,96 +31,17 @@ import numpy as np
 
 from jaxadv.attacks.autoattack import fitting, transfer
 from jaxadv.core import Threat, check, example_keys
-from jaxadv.evaluate import flags as red
+from jaxadv.evaluate.findings import cost_of, diagnosed, entry_of
 from jaxadv.evaluate.inputs import TARGET_RULES as TARGET_RULES
 from jaxadv.evaluate.inputs import Problem, check_curve, choose_targets, data_entry, problem_of, versions
 from jaxadv.evaluate.intervals import share
 from jaxadv.evaluate.journal import Journal, digest
+from jaxadv.evaluate.ledger import Ledger, Outcome, Progress, Seen, Work
 from jaxadv.evaluate.protocols import PROTOCOLS, Each, Stage, build, describe, stages_of, with_eps
-from jaxadv.evaluate.report import CERTIFIED, MISCLASSIFIED, ROBUST, ModelReport, Report
+from jaxadv.evaluate.report import CERTIFIED, MISCLASSIFIED, ROBUST, Report
 from jaxadv.evaluate.slots import Server
-from jaxadv.evaluate.verdict import as_pytree, batches, cut, forward, host, logits_of
+from jaxadv.evaluate.verdict import as_pytree, batches, cut, logits_of
 from jaxadv.evaluate.verdict import verify as verify
-
-
-class Outcome(NamedTuple):
-    """What became of rows that an attack has finished with: one entry for each row, and the points that broke.
-
-    It is what the journal stores; a fresh and a resumed run enter the same outcomes.
-    """
-
-    row: np.ndarray
-    feasible: np.ndarray
-    broken: np.ndarray
-    size: np.ndarray
-    predicted: np.ndarray
-    claimed: np.ndarray
-    queries: np.ndarray
-    grads: np.ndarray
-    zero_gradient: np.ndarray
-    nonfinite: np.ndarray
-    points: np.ndarray  # of the broken rows, in their order
-
-
-@dataclasses.dataclass
-class Ledger:
-    """The outcome of every example so far; `by` is read as in `report`."""
-
-    by: np.ndarray
-    restart: np.ndarray
-    size: np.ndarray
-    adversarial: np.ndarray
-    x: np.ndarray
-
-    def open(self) -> np.ndarray:
-        """Return the rows that nothing has broken."""
-        return np.flatnonzero(self.by == ROBUST)
-
-    def broken(self) -> np.ndarray:
-        """Return the rows that an attack has broken."""
-        return np.flatnonzero(self.by >= 0)
-
-    def write(self, rows: np.ndarray, points: np.ndarray, verdict: Any, by: int, restart: int) -> None:
-        """Enter the broken ones among these rows; `points` are theirs."""
-        hit = verdict.broken
-        at = rows[hit]
-        self.by[at], self.restart[at] = by, restart
-        self.size[at], self.adversarial[at] = verdict.size[hit], verdict.predicted[hit]
-        self.x[at] = points
-
-    def certified(self) -> np.ndarray:
-        """Return the rows that a certificate covers."""
-        return np.flatnonzero(self.by == CERTIFIED)
-
-    def copy(self) -> "Ledger":
-        """Return a copy that shares no memory."""
-        return Ledger(*(getattr(self, f.name).copy() for f in dataclasses.fields(self)))
-
-
-@dataclasses.dataclass
-class Work:
-    """What all passes over the examples share."""
-
-    problem: Problem
-    base: Threat
-    stages: tuple[Stage, ...]
-    server: Server
-    searches: tuple[tuple[str, Any], ...]  # precision and model of the search; the last is the model itself
-    margin: np.ndarray
-    batch: int
-    certificate: Callable | None
-    journal: Journal | None
-    tick: "_Progress"
-    retried: int = 0
-
-    def past(self, name: str) -> list[dict[str, np.ndarray]]:
-        """Return the blocks that an earlier run left under a name."""
-        return self.journal.past.get(name, []) if self.journal is not None else []
-
-    def keep(self, name: str, **columns: Any) -> None:
-        """Put a block on the disk."""
-        if self.journal is not None:
-            self.journal.append(name, **columns)
 
 
 class Search(NamedTuple):
@@ -158,34 +79,6 @@ def bfloat16(model: Any) -> Any:
     return jax.tree_util.Partial(_lower, jax.tree.map(low, model))
 
 
-class _Progress:
-    """Counts examples over all passes (budget, attack, restart) for the caller's progress bar."""
-
-    def __init__(self, tell: Callable | None, passes: int, n: int):
-        self.tell, self.total, self.n, self.finished = tell, passes * n, n, 0
-
-    def __call__(self, done: int, stage: str) -> None:
-        """Tell that `done` of the n examples of this pass are decided."""
-        if self.tell is not None:
-            self.tell(self.finished + done, self.total, stage)
-
-    def close(self, stage: str) -> None:
-        """End a pass."""
-        self.finished += self.n
-        self(0, stage)
-
-
-class _Seen(NamedTuple):
-    """What one attack showed at one budget: its row of the table and the evidence for the flags."""
-
-    row: dict[str, Any]
-    rows: int
-    zero_gradient: int
-    nonfinite: np.ndarray
-    sizes: np.ndarray
-    seconds: float
-
-
 def _judged(work: Work, rows: np.ndarray, result: Any, threat: Threat) -> Outcome:
     """Judge what an attack returned for some rows."""
     points = np.asarray(result.x, np.float32)
@@ -221,7 +114,7 @@ def _outcomes(work: Work, search: Search, queue: np.ndarray, threat: Threat) -> 
         yield outcome
 
 
-def _run_stage(work: Work, number: int, threat: Threat, ledger: Ledger, place: int) -> _Seen:
+def _run_stage(work: Work, number: int, threat: Threat, ledger: Ledger, place: int) -> Seen:
     """Run all restarts of one attack on what is left, verify what it returns, and enter it in the ledger."""
     start, n, stage = time.perf_counter(), len(work.problem.x), work.stages[number]
     attack = build(stage, work.base, threat)
@@ -259,14 +152,9 @@ def _run_stage(work: Work, number: int, threat: Threat, ledger: Ledger, place: i
     after = len(ledger.open())
     row = {"name": attack.name, "settings": describe(attack), "restarts": stage.restarts, "attacked": before}
     row |= {"broken": before - after, "claimed": counts["claimed"], "refused": counts["refused"]}
-    row |= {"robust_accuracy_after": _held(ledger) / n, "queries": counts["queries"], "grads": counts["grads"]}
+    row |= {"robust_accuracy_after": ledger.held() / n, "queries": counts["queries"], "grads": counts["grads"]}
     sizes = np.concatenate(sizes) if sizes else np.zeros((0, 2))
-    return _Seen(row, tried, zero, nonfinite, sizes, time.perf_counter() - start)
-
-
-def _held(ledger: Ledger) -> int:
-    """How many examples count as robust: attacked in vain, or certified."""
-    return len(ledger.open()) + len(ledger.certified())
+    return Seen(row, tried, zero, nonfinite, sizes, time.perf_counter() - start)
 
 
 def _certify(work: Work, threat: Threat, ledger: Ledger, place: int) -> None:
@@ -295,7 +183,7 @@ def _certify(work: Work, threat: Threat, ledger: Ledger, place: int) -> None:
         work.keep(name, row=rows, holds=holds)
 
 
-def _run_noise(work: Work, number: int, threat: Threat, ledger: Ledger) -> _Seen:
+def _run_noise(work: Work, number: int, threat: Threat, ledger: Ledger) -> Seen:
     """Try one draw of random noise on what every attack left: a check of the attacks that counts like one."""
     start, problem, n = time.perf_counter(), work.problem, len(work.problem.x)
     queue = ledger.open()
@@ -306,9 +194,9 @@ def _run_noise(work: Work, number: int, threat: Threat, ledger: Ledger) -> _Seen
         ledger.write(rows, points[verdict.broken], verdict, number, 0)
     broken = len(queue) - len(ledger.open())
     row = {"name": "noise", "settings": {"draws": 1}, "restarts": 1, "attacked": len(queue), "broken": broken}
-    row |= {"claimed": 0, "refused": 0, "robust_accuracy_after": _held(ledger) / n}
+    row |= {"claimed": 0, "refused": 0, "robust_accuracy_after": ledger.held() / n}
     row |= {"queries": len(queue), "grads": 0}
-    return _Seen(row, len(queue), 0, np.zeros(n, bool), np.zeros((0, 2)), time.perf_counter() - start)
+    return Seen(row, len(queue), 0, np.zeros(n, bool), np.zeros((0, 2)), time.perf_counter() - start)
 
 
 def _carry(problem: Problem, threat: Threat, ledger: Ledger) -> int:
@@ -325,7 +213,7 @@ def _carry(problem: Problem, threat: Threat, ledger: Ledger) -> int:
 
 def _sweep(
     work: Work, threat: Threat, budgets: Sequence[float], ledger: Ledger
-) -> tuple[Ledger, list[_Seen], list[dict], list[dict]]:
+) -> tuple[Ledger, list[Seen], list[dict], list[dict]]:
     """Evaluate budgets from small to large; return ledger and evidence at the threat's own, the curve, the seconds."""
     main = float(np.max(np.asarray(threat.eps)))
     curve, seconds, kept, evidence, lowest = [], [], ledger, [], 1.0
@@ -338,7 +226,7 @@ def _sweep(
         seen = [_run_stage(work, i, here, ledger, place) for i in range(len(work.stages))]
         if sampled:
             seen.append(_run_noise(work, len(work.stages), here, ledger))
-        lowest = min(lowest, _held(ledger) / n)
+        lowest = min(lowest, ledger.held() / n)
         value, interval = share(round(lowest * n), n)
         point = {"eps": eps, "robust_accuracy": value, "robust_interval": list(interval)}
         point |= {"certified_accuracy": None if work.certificate is None else len(ledger.certified()) / n}
@@ -349,99 +237,19 @@ def _sweep(
     return kept, evidence, curve, seconds
 
 
-def _statements(work: Work, threat: Threat, curve: Sequence, rule: str | None, noise: bool) -> list[str]:
-    """The sentences that a reader of the numbers must know."""
-    out = [
-        "Robust accuracy is an upper bound: the share of examples classified correctly at every point that these "
-        "attacks found. "
-        "A stronger attack may lower it.",
-        "Misclassified examples are not robust and were not attacked.",
-        "Every counted point was verified apart from the attack: float32, inside the bounds, its size in float64 at "
-        "most eps plus "
-        "one rounding of each coordinate, and the model asked again at matrix precision 'highest'. Logits that are "
-        "not finite "
-        "never count as robust.",
-        "Intervals are 95 % Clopper-Pearson: they tell of the sampling of examples, not of the strength of the "
-        "attacks.",
-    ]
-    if work.certificate is not None:
-        out.append(
-            "Certified accuracy is a lower bound: the share of examples for which a certificate shows that nothing "
-            "within the budget changes the prediction. Certified examples were not attacked, so an attack that would "
-            "contradict the certificate was not looked for."
+def _settings_of(function: Any) -> Any:
+    """Name of a function and the plain values it was made with, or None."""
+    if function is None:
+        return None
+    if isinstance(function, functools.partial):
+        made, inner = {"args": function.args} | function.keywords, function.func
+    else:
+        cells, inner = getattr(function, "__closure__", None) or (), function
+        made = dict(
+            zip(getattr(getattr(function, "__code__", None), "co_freevars", ()), (c.cell_contents for c in cells))
         )
-    if len(work.searches) > 1:
-        out.append(
-            "The attacks followed the model in bfloat16. Verdicts are of the float32 model alone, and examples that "
-            "only the lower precision took for broken were attacked again in float32."
-        )
-    if noise:
-        out.append(
-            "After the attacks one draw of random noise was tried on the survivors; what it breaks counts as broken."
-        )
-    if threat.norm == "union":
-        members = ", ".join(f"{m.norm} {float(np.max(np.asarray(m.eps))):g}" for m in getattr(threat, "members", ()))
-        out.append(f"The threat is a union of {members}; sizes are shares of a member's budget.")
-    if curve:
-        out.append(
-            "A point found within a smaller budget lies within every larger one: it was verified there and carried "
-            "over, and the "
-            "curve is the pointwise minimum, so it cannot rise."
-        )
-    if rule is not None:
-        out.append(
-            f"The evaluation is targeted (rule: {rule}): an example is broken only when its target class is reached "
-            f"(or logits are "
-            "not finite). Untargeted robust accuracy may be much lower."
-        )
-    return out
-
-
-def _flags(
-    problem: Problem, threat: Threat, clean: np.ndarray, kept: Ledger, seen: Sequence[_Seen], interval: Any
-) -> list:
-    """Collect the red flags of one model, worst first."""
-    n, survivors_left = len(problem.x), len(kept.open())
-    attacks = [s for s in seen if s.row["name"] != "noise"]
-    sizes = np.concatenate([s.sizes for s in attacks])
-    sizes = sizes[np.isfinite(sizes[:, 0])]
-    used = sizes[sizes[:, 1] > 0] if (sizes[:, 1] > 0).any() else sizes
-    rows = np.resize(np.arange(n), min(8, problem.batch) if problem.batch > 1 else 2)
-    model, bad = problem.model, np.any([s.nonfinite for s in seen], axis=0)
-    again = jax.jit(lambda m, x: m(x))
-    with jax.default_matmul_precision("highest"):
-        found = red.forward_passes(
-            lambda x: forward(model, x), lambda x: again(model, x), problem.x[rows], threat.bounds
-        )
-    found += [
-        red.nonfinite_logits(int((~np.isfinite(clean).all(-1)).sum()), int(bad.sum()), n),
-        red.label_mismatch(clean, problem.y),
-        red.budget_unusable(threat, problem.x),
-        red.probabilities(clean),
-        red.input_range(problem.x, threat.bounds),
-        red.zero_gradient([(s.row["name"], s.zero_gradient, s.rows) for s in attacks]),
-        red.claims_refused([(s.row["name"], s.row["refused"], s.row["claimed"]) for s in attacks]),
-        red.budget_unused(1.0, used[:, 0], survivors_left),
-        red.few_examples(interval, n),
-    ]
-    noise = next((s.row for s in seen if s.row["name"] == "noise"), None)
-    if noise is not None:
-        found.append(red.weaker_than_noise(noise["broken"], noise["attacked"]))
-    return sorted((f for f in found if f is not None), key=lambda f: red.SEVERITIES.index(f.severity))
-
-
-def _examples(problem: Problem, kept: Ledger, predicted: np.ndarray) -> dict[str, list]:
-    """The outcome table, by columns."""
-    sizes = [None if by in (ROBUST, CERTIFIED) else float(f"{size:.9g}") for by, size in zip(kept.by, kept.size)]
-    return {
-        "index": problem.index.tolist(),
-        "label": problem.y.tolist(),
-        "clean": predicted.tolist(),
-        "adversarial": np.where(np.isin(kept.by, (ROBUST, CERTIFIED)), predicted, kept.adversarial).tolist(),
-        "by": kept.by.tolist(),
-        "restart": kept.restart.tolist(),
-        "size": sizes,
-    }
+    plain = {name: value for name, value in made.items() if isinstance(value, (bool, int, float, str))}
+    return [getattr(inner, "__qualname__", type(inner).__name__), plain]
 
 
 def _mark(work: Work, budgets: Sequence[float], predicted: np.ndarray, fingerprint: str) -> dict[str, Any]:
@@ -451,7 +259,6 @@ def _mark(work: Work, budgets: Sequence[float], predicted: np.ndarray, fingerpri
         attack = build(stage, work.base, work.base)
         told = {"name": attack.name, "restarts": stage.restarts, "settings": describe(attack)}
         protocol.append(told | {"arrays": digest(attack)})
-    given = None if work.certificate is None else getattr(work.certificate, "__name__", type(work.certificate).__name__)
     return {
         "key": [str(jax.random.key_impl(problem.key)), *np.asarray(jax.random.key_data(problem.key)).ravel().tolist()],
         "data": fingerprint,
@@ -462,36 +269,9 @@ def _mark(work: Work, budgets: Sequence[float], predicted: np.ndarray, fingerpri
         "targets": None if problem.target is None else digest(problem.target),
         "slots": [work.server.slots, work.server.devices, problem.batch],
         "search": [precision for precision, _ in work.searches],
-        "certificate": given,
+        "certificate": _settings_of(work.certificate),
         "versions": {**versions(), "device": jax.devices()[0].device_kind},
     }
-
-
-def _cost(work: Work, seen: Sequence[_Seen]) -> dict[str, Any]:
-    """Measure a gradient and a forward pass of a full board, and what each attack took beyond its own."""
-    problem, size = work.problem, work.server.slots
-    x = jnp.asarray(np.resize(problem.x, (size, *problem.x.shape[1:])))
-    y = jnp.asarray(np.resize(problem.y, size))
-    _, model = work.searches[0]
-
-    def total(x, model):
-        return jnp.sum(jnp.take_along_axis(model(x), y[:, None], axis=1))
-
-    def once(fn):
-        def timed():
-            start = time.perf_counter()
-            jax.block_until_ready(fn(x, model))
-            return time.perf_counter() - start
-
-        timed()
-        return float(np.median([timed() for _ in range(5)])) / size
-
-    t_grad, t_fwd = once(jax.jit(jax.value_and_grad(total))), once(jax.jit(lambda x, model: model(x)))
-    factors = []
-    for one in seen:
-        floor = one.row["grads"] * t_grad + max(one.row["queries"] - one.row["grads"], 0) * t_fwd
-        factors.append({"name": one.row["name"], "overhead": one.seconds / floor if floor else 0.0})
-    return {"t_grad": t_grad, "t_fwd": t_fwd, "attacks": factors}
 
 
 def evaluate(
@@ -548,8 +328,8 @@ def evaluate(
         examples which ones nothing within the threat can change; it must be about this same model. They are not
         attacked, and the report carries a lower bound beside the upper one.
       surrogate: another model whose gradients an attack `transfer` follows, after the others.
-      diagnostics: True for the room's `diagnose`, or a function `(key, model, x, y, threat)` that returns an object
-        with `flags` and `numbers`; both go into the report.
+      diagnostics: True for the room's `diagnose`, or a function `(key, model, x, y, threat, *, index)` that returns an
+        object with `flags` and `numbers`; both go into the report.
       journal: a folder; every finished example is written there before the next ones, see `journal`.
       resume: go on with the journal of the same evaluation that was stopped.
       measure: also time a gradient and a forward pass, for the overhead of each attack in the report's `timing`.
@@ -612,7 +392,7 @@ def evaluate(
         batch=min(problem.batch, server.slots * server.devices),
         certificate=certificate,
         journal=None,
-        tick=_Progress(progress, sum(s.restarts for s in stages) * len(budgets), n),
+        tick=Progress(progress, sum(s.restarts for s in stages) * len(budgets), n),
     )
     entry_of_data = data_entry(data, problem, classes)
     if journal is not None:
@@ -631,11 +411,11 @@ def evaluate(
     timing = {"name": name, "total": 0.0, "clean": clean_seconds}
     timing |= {"attacks": [{"name": s.row["name"], "seconds": s.seconds} for s in seen], "curve": seconds}
     if measure:
-        timing["cost"] = _cost(work, seen)
-    entry = _entry(work, name, kept, seen, curve if len(eps_curve) else [], clean, predicted, rule, keep_adversarial)
+        timing["cost"] = cost_of(work, seen)
+    entry = entry_of(work, name, kept, seen, curve if len(eps_curve) else [], clean, predicted, rule, keep_adversarial)
     entry.statements.extend(left_out)
     if diagnostics is not None and diagnostics is not False:
-        entry = _diagnosed(diagnostics, problem, threat, entry)
+        entry = diagnosed(diagnostics, problem, threat, entry)
     timing["total"] = time.perf_counter() - start
     return Report(
         versions=versions(),
@@ -668,61 +448,3 @@ def _margin(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         margin = logits.max(-1, where=own, initial=-np.inf) - logits.max(-1, where=~own, initial=-np.inf)
     return np.nan_to_num(margin, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-
-
-def _entry(
-    work: Work, name: str, kept: Ledger, seen: Sequence[_Seen], curve: list[dict], clean: np.ndarray,
-    predicted: np.ndarray, rule: str | None, keep_adversarial: bool,
-) -> ModelReport:  # fmt: skip
-    """Put together what was found about the model."""
-    problem, threat, n = work.problem, work.base, len(work.problem.x)
-    correct = int((predicted == problem.y).sum())
-    clean_accuracy, clean_interval = share(correct, n)
-    robust_accuracy, robust_interval = share(_held(kept), n)
-    certified_accuracy, certified_interval = None, None
-    if work.certificate is not None:
-        certified_accuracy, certified_interval = share(len(kept.certified()), n)
-    noise = seen[-1].row["name"] == "noise"
-    targeted = None
-    if rule is not None:
-        targeted = {"rule": rule, "success_rate": len(kept.broken()) / max(correct, 1)}
-    return ModelReport(
-        name=name,
-        n=n,
-        clean_accuracy=clean_accuracy,
-        clean_interval=clean_interval,
-        robust_accuracy=robust_accuracy,
-        robust_interval=robust_interval,
-        certified_accuracy=certified_accuracy,
-        certified_interval=certified_interval,
-        threat={
-            "norm": threat.norm,
-            "eps": np.asarray(threat.eps).tolist(),
-            "bounds": [np.asarray(b).tolist() for b in threat.bounds],
-        },
-        attacks=[s.row for s in seen],
-        search={
-            "slots": work.server.slots,
-            "devices": work.server.devices,
-            "dtype": work.searches[0][0],
-            "retried": work.retried,
-        },
-        flags=_flags(problem, host(threat), clean, kept, seen, robust_interval),
-        curve=curve,
-        examples=_examples(problem, kept, predicted),
-        targeted=targeted,
-        diagnostics=None,
-        statements=_statements(work, threat, curve, rule, noise),
-        x_adv=kept.x if keep_adversarial else None,
-    )
-
-
-def _diagnosed(diagnostics: Any, problem: Problem, threat: Threat, entry: ModelReport) -> ModelReport:
-    """Add what the diagnosis of the evaluation itself says."""
-    if diagnostics is True:
-        from jaxadv.evaluate.diagnostics import diagnose as diagnostics
-    said = diagnostics(problem.key, problem.model, problem.x, problem.y, threat)
-    known = {flag.name for flag in entry.flags}
-    flags = [*entry.flags, *(flag for flag in said.flags if flag.name not in known)]
-    flags = sorted(flags, key=lambda f: red.SEVERITIES.index(f.severity))
-    return dataclasses.replace(entry, flags=flags, diagnostics=dict(said.numbers))

@@ -461,7 +461,7 @@ def test_a_diagnosis_is_entered_beside_the_evaluations_own_flags(kit):
         flags = (evaluate.flags.flag("zero_gradient", 1.0, 0.0, "planted"),)
         numbers = {"checks": {"a": 1.5}}
 
-    def diagnosis(key, model, x, y, threat):
+    def diagnosis(key, model, x, y, threat, *, index):
         asked.append((x.shape, threat.norm))
         return Said
 
@@ -493,3 +493,20 @@ def test_stored_points_that_do_not_hold_are_named(kit):
     bare = core.types.dataclasses.replace(report, x=None)
     with pytest.raises(ValueError, match="must hold its examples"):
         evaluate.verify_report(bare)
+
+
+@pytest.mark.slow
+def test_the_rooms_own_diagnosis_and_a_smoothing_certificate_fit_the_seams(kit):
+    from jaxadv.certify import smoothing
+
+    p = kit.linear(n=40)
+    p.model = jax.tree.map(jnp.asarray, p.model)
+    report = evaluate(KEY, p.model, p.x, p.y, LINF, attacks="fgsm", diagnostics=True)
+    model = report.models[0]
+    assert set(evaluate.CHECKS) < set(model.diagnostics) and model.diagnostics["examples"] == 20
+    assert evaluate.report.from_json(report.to_json()).models[0].diagnostics == model.diagnostics
+    assert evaluate.Diagnosis._fields == ("flags", "numbers") and callable(evaluate.diagnose)
+    smooth = smoothing.smoothed(KEY, p.model, sigma=0.05)
+    certificate = smoothing.certificate(n0=20, n=200)
+    found = evaluate(KEY, smooth, p.x, p.y, threats.l2(0.01), attacks="fgsm", certificate=certificate).models[0]
+    assert 0 < found.certified_accuracy <= found.robust_accuracy <= found.clean_accuracy

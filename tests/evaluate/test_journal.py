@@ -1,6 +1,7 @@
 """The journal: what was finished is on disk, whatever happens, and a resumed run tells the same."""
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from jax.tree_util import Partial
 
 from jaxadv import evaluate, threats
-from jaxadv.evaluate import Stage, journal, slots
+from jaxadv.evaluate import Stage, engine, journal, slots
 from jaxadv.evaluate.journal import Journal, digest, frame, scan
 
 KEY = jax.random.key(0)
@@ -214,6 +215,22 @@ def test_a_journal_of_another_evaluation_is_refused_by_name(finished, tmp_path, 
     with pytest.raises(ValueError, match=rf"must be the one that was started: same .*\b{word}\b"):
         evaluate(settings.pop("key", KEY), model, p.x, y, journal=tmp_path, resume=True, **settings)
     assert (tmp_path / journal.FILE).read_bytes() == data
+
+
+def closure(level):
+    def certify(key, model, x, y, threat, index):
+        return np.asarray(index) < level
+
+    return certify
+
+
+def test_a_certificate_is_known_by_its_name_and_settings(finished):
+    named = engine._settings_of(nothing)
+    assert named == ["nothing", {}] and engine._settings_of(None) is None
+    assert (
+        engine._settings_of(closure(7)) == ["closure.<locals>.certify", {"level": 7}] != engine._settings_of(closure(8))
+    )
+    assert engine._settings_of(functools.partial(nothing, scale=2)) == ["nothing", {"scale": 2}]
 
 
 def test_resume_needs_a_journal(kit):
