@@ -134,3 +134,37 @@ def test_refusals():
         best_of(attack, KEY, MODEL, X, Y, restarts=0)
     with pytest.raises(ValueError, match=r"the model's output must be logits"):
         run(attack, KEY, Partial(lambda x: x[:, 0]), X, Y)
+
+
+def test_a_board_serves_chosen_rows_chunk_by_chunk():
+    attack = Walk(threat=linf(1.0), level=-0.5)
+    want = run(attack, KEY, MODEL, X, Y)
+    data = core.Data(X, Y, jnp.arange(6, dtype=jnp.int32))
+    queue, count = jnp.asarray([5, 1, 3, 0, 0, 0], jnp.int32), jnp.asarray([3], jnp.int32)
+    assert core.block_of(2) == 1 and core.block_of(64) == 8
+    start = jax.jit(lambda: core.begin(attack, KEY, MODEL, data, queue, 0, slots=2))
+    go = jax.jit(lambda b: core.advance_board(b, attack, KEY, MODEL, data, queue, count, 0, jnp.int32(2), room=2))
+    board, found, steps = start(), {}, []
+    assert isinstance(board, core.Board) and (np.asarray(board.held) == -1).all()
+    while len(found) < 3:
+        board, out = go(board)
+        assert isinstance(out, core.Out) and int(out.filled[0]) <= 2
+        for i in range(int(out.filled[0])):
+            row = int(out.row[i])
+            found[row] = jax.tree.map(lambda a, i=i: a[i], out.result)
+            assert int(out.taken[i]) == int(out.result.queries[i])
+        steps.append(int(board.steps[0]))
+    assert sorted(found) == [1, 3, 5] and max(np.diff([0, *steps])) <= 2
+    for row, result in found.items():
+        close(result, jax.tree.map(lambda a, row=row: a[row], want))
+    assert (np.asarray(board.held) == -1).all() and int(board.pointer[0]) == 3
+
+
+def test_rows_that_are_not_chosen_cost_nothing():
+    attack = Walk(threat=linf(1.0), level=-0.5)
+    chosen = jnp.asarray([True, False, True, False, False, True])
+    found, want = serve(attack, KEY, MODEL, X, Y, slots=2, rows=chosen), run(attack, KEY, MODEL, X, Y)
+    close(jax.tree.map(lambda a: a[chosen], found), jax.tree.map(lambda a: a[chosen], want))
+    assert not np.asarray(found.queries)[~np.asarray(chosen)].any() and not found.x[1].any()
+    none = serve(attack, KEY, MODEL, X, Y, slots=2, rows=jnp.zeros(6, bool))
+    assert not none.queries.any()
