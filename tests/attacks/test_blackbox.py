@@ -180,6 +180,59 @@ def test_l2_and_l1_spend_the_whole_budget_where_the_box_is_far(norm):
             )
 
 
+def proposed_by_slices(norm, point, x, eps, side, bits):
+    """The published proposal of l2 and l1 for one image, in float64, with slices, from the drawn numbers."""
+    h, w, c = x.shape
+    offsets = [int((b >> 8) * 2.0**-24 * (n - side + 1)) for b, n in zip(bits[:4], (h, w, h, w))]
+    one, two = (np.s_[r : r + side, k : k + side] for r, k in (offsets[:2], offsets[2:]))
+    bump = bump_profile(side, norm).dense()
+    bump = bump.T if bits[4] >> 31 else bump
+    delta = point - x
+    covered = np.zeros((h, w), bool)
+    covered[one] = covered[two] = True
+    order = 2 if norm == "l2" else 1
+    whole = np.linalg.norm(delta.ravel(), order)
+    fresh = np.zeros((side, side, c))
+    for channel in range(c):
+        old = delta[one][..., channel]
+        length = np.linalg.norm(old.ravel(), order)
+        new = bump * (1 - 2 * int(bits[5 + channel] >> 31)) + (old / length if length else 0)
+        new /= np.linalg.norm(new.ravel(), order)
+        held = np.linalg.norm(delta[covered][:, channel], order)
+        if norm == "l2":
+            new *= np.sqrt(max(eps**2 - whole**2, 0) / c + held**2)
+        else:
+            new *= (max(eps - whole, 0) / c + held) * c
+        fresh[..., channel] = new
+    delta = delta.copy()
+    delta[two] = 0
+    delta[one] = fresh
+    if norm == "l2":
+        delta *= eps / np.linalg.norm(delta.ravel())
+    else:
+        delta *= min(1, eps / np.abs(delta).sum())
+    return np.clip(x + delta, 0, 1)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_a_proposal_is_the_published_one(norm):
+    """At points that do not use the whole budget, some of them at the edge of the box; windows that meet and do not."""
+    attack = square(THREATS[norm](EPS[norm]), queries=3000)
+    _, x, _ = problem((11, 9, 2), b=16, low=0.0, high=1.0)
+    keys = core.example_keys(KEY, "square", jnp.arange(16))
+    start = attack.threat.project(x + 0.5 * (attack._start(keys, x) - x), x)
+    number = jnp.asarray([0, 30, 100, 700] * 4, jnp.int32)
+    steps = core.step_keys(keys, number)
+    found = np.asarray(attack._propose(steps, start, x, number))
+    bits = np.asarray(jax.vmap(lambda k: jax.random.bits(k, (7,)))(steps)).tolist()
+    sides = window_sizes(norm, 11, 9)
+    for i in range(16):
+        side = sides[sum(int(number[i]) > t for t in THRESHOLDS)]
+        pair = (np.asarray(a[i], np.float64) for a in (start, x))
+        want = proposed_by_slices(norm, *pair, EPS[norm], side, bits[i])
+        np.testing.assert_allclose(found[i], want, atol=3e-5)
+
+
 @functools.cache
 def official():
     stored = dict(np.load(FIXTURE))

@@ -137,6 +137,16 @@ def test_a_certain_classifier_gets_the_largest_radius_and_an_even_one_none():
     assert (np.asarray(smoothing.predict(KEY, model, x, sigma=0.25, n=100)) == ABSTAIN).all()
 
 
+def test_the_sample_that_chooses_is_not_the_sample_that_bounds():
+    """On the boundary the class that one sample prefers often has the minority in another one, never in its own."""
+    model = Partial(halves, (jnp.ones(3), jnp.float32(-1.5)))
+    found = smoothing.certify(KEY, model, jnp.full((60, 3), 0.5), sigma=0.25, n0=101, n=101)
+    least = smoothing.clopper_pearson_lower(51, 101, 0.001)
+    assert 0.2 < np.mean(np.asarray(found.p_lower) < least - 1e-6) < 0.8
+    fresh = smoothing.sample_counts(KEY, model, jnp.full((60, 3), 0.5), sigma=0.25, n=101, stage=1)
+    np.testing.assert_array_equal(found.counts, fresh)
+
+
 def test_logits_that_are_not_finite_vote_for_none():
     def sick(x):
         z = jnp.where(x[:, :1] > 0.5, jnp.nan, 1.0)
