@@ -243,7 +243,7 @@ def test_honest_models_raise_nothing(robust, threat):
 
 
 def test_a_trained_network_raises_nothing_in_the_cheap_checks():
-    found = ask(net, which=["forward", "classes", "inference", "gradient", "stability", "landscape"])
+    found = ask(net, which=["forward", "classes", "inference", "gradient", "stability", "landscape", "trajectory"])
     assert found.flags == () and found.numbers["stability"]["movement"] < 0.01
 
 
