@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxadv import attacks as attacks
+    from jaxadv import certify as certify
     from jaxadv import core as core
     from jaxadv import data as data
     from jaxadv import evaluate as evaluate
@@ -44,7 +45,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("attacks", "core", "data", "evaluate", "losses", "models", "parallel", "privacy", "threats", "train")
+_ROOMS = (
+    "attacks",
+    "certify",
+    "core",
+    "data",
+    "evaluate",
+    "losses",
+    "models",
+    "parallel",
+    "privacy",
+    "threats",
+    "train",
+)
 _NAMES = {
     "attacks": ("best_of", "fgsm", "pgd"),
     "core": ("Attack", "Model", "Result", "Targets", "Threat", "Trainable", "feasible", "robust"),

@@ -4,10 +4,11 @@ For the convolutions of `cnn_small` and PreAct-ResNet-18, forward and input grad
 finds it (`plain`), in each form of `core.FORMS`, and compiled alone outside any loop (`alone`). Prints milliseconds and
 stores them.
 
-Usage: python benchmarks/speed/convolutions.py [--rounds 5]
+Usage: python benchmarks/speed/convolutions.py [--rounds 5] [--batch N] [--only resnet]
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -69,10 +70,17 @@ def main() -> None:
     """Measure all cases, print the table, store the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, help="rows in the place of each case's own number")
+    parser.add_argument("--only", default="", help="cases whose name begins so")
     args = parser.parse_args()
-    record: dict = {}
+    stored = harness.RESULTS / "convolutions.json"  # cases that are not measured now keep their record
+    record: dict = json.loads(stored.read_text())["milliseconds"] if stored.exists() else {}
     rows = [["convolution", "direction", "plain", "chosen", *core.FORMS, "alone"]]
     for name, case in CASES.items():
+        if not name.startswith(args.only):
+            continue
+        case = (args.batch or case[0], *case[1:])
+        name = f"{name} x {case[0]}"
         for backward in (False, True):
             times = harness.side_by_side(contenders(case, backward), args.rounds)
             direction = "input gradient" if backward else "forward"
