@@ -195,6 +195,7 @@ class Server:
                     for found, result in self._serve(attack, key, model, number, part, restart):
                         part = part[~np.isin(part, found)]
                         yield found, result
+                    break
                 except Exception as error:
                     if not exhausted(error) or self.slots == 1:
                         raise
