@@ -86,7 +86,9 @@ def choose(x_shape: Sequence[int], w_shape: Sequence[int], params: dict[str, Any
         if whole and outputs * kernel[0] * kernel[1] <= 256:
             return "product"
         return "phases" if height * width >= channels and outputs >= 4 else "layout"
-    return "product" if max(params["window_strides"]) > 1 and channels <= 4 else "layout"
+    if max(params["window_strides"]) > 1:
+        return "product" if channels <= 4 else "layout"
+    return "winograd" if tuple(kernel) == (3, 3) and min(channels, outputs) >= 16 else "layout"
 
 
 def _minimal(x, w, params) -> bool:

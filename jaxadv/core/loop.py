@@ -4,9 +4,12 @@ On CPU, XLA rewrites a convolution into the layout of its fast path only in the 
 the body of a loop. The input gradient of a convolution has its kernel transposed there and falls to a path that is 2.5
 to 3 times slower. `canonical` cures it from outside: it traces a function to a jaxpr and evaluates it again with every
 convolution in a fast form (see `core.convolution`), inside jitted calls, branches, loops and rematerialized blocks too.
-Custom derivatives are left as they are, so that they stay differentiable. On other backends it does nothing.
+Custom derivatives are left as they are, so that they stay differentiable. What a loop's body computes from constants
+alone, such as the transformed kernels of minimal filtering, is computed once, before the loop. On other backends it
+does nothing.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +58,7 @@ def loop(step: Callable, state: Any, n: int, *, until: Callable | None = None, h
         return state
     if n == 0:
         return state
-    body = canonical(step)
+    body = _prepared(step, state)
     if until is None:
         return lax.fori_loop(0, n, lambda _, s: body(s), state)
 
@@ -91,6 +94,66 @@ def canonical(fn: Callable, *, enabled: bool | None = None, form: str | None = N
     return rewritten
 
 
+def _prepared(step: Callable, state: Any) -> Callable:
+    """The body of a loop: convolutions in their fast form, and what does not depend on the state computed here."""
+    if jax.default_backend() != "cpu":
+        return step
+    closed, shape = jax.make_jaxpr(step, return_shape=True)(state)
+    if not _has_convolution(closed.jaxpr):
+        return step
+    closed: Any = _rewrite(closed, None)
+    known = dict(zip(closed.jaxpr.constvars, closed.consts))
+    moved, rest, needed = _split(closed.jaxpr, set(known))
+    _work(moved, known)
+    known = {var: known[var] for var in (*closed.jaxpr.constvars, *needed)}
+
+    def body(state):
+        inside = known | dict(zip(closed.jaxpr.invars, jax.tree.leaves(state), strict=True))
+        _work(rest, inside)
+        return jax.tree.unflatten(jax.tree.structure(shape), [_read(v, inside) for v in closed.jaxpr.outvars])
+
+    return body
+
+
+def _split(jaxpr: Any, fixed: set) -> tuple[list, list, list]:
+    """Part the equations of a loop's body: those of fixed variables, the rest, and what the rest needs of the former.
+
+    An equation that makes much of little (a broadcast) stays inside, where it costs no memory.
+    """
+
+    def size(atoms):
+        shapes = [a.aval for a in atoms if not isinstance(a, jex.Literal) and hasattr(a.aval, "shape")]
+        return sum(math.prod(a.shape) for a in shapes)
+
+    moved, rest, made = [], [], set()
+    for eqn in jaxpr.eqns:
+        known = all(isinstance(a, jex.Literal) or a in fixed or a in made for a in eqn.invars)
+        if known and not eqn.effects and size(eqn.outvars) <= 2 * size(eqn.invars):
+            moved.append(eqn)
+            made |= set(eqn.outvars)
+        else:
+            rest.append(eqn)
+    used = [a for eqn in rest for a in eqn.invars] + list(jaxpr.outvars)
+    return moved, rest, list(dict.fromkeys(a for a in used if not isinstance(a, jex.Literal) and a in made))
+
+
+def _read(atom: Any, known: dict) -> Any:
+    return atom.val if isinstance(atom, jex.Literal) else known[atom]
+
+
+def _work(equations: list, known: dict) -> None:
+    """Evaluate equations as they are, adding to what is known."""
+    for eqn in equations:
+        out = _bind(eqn, [_read(a, known) for a in eqn.invars], eqn.params)
+        known.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
+
+
+def _bind(eqn: Any, values: list, params: dict) -> Any:
+    bound = eqn.primitive.get_bind_params(params)
+    functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.10 returns a pair for some primitives
+    return eqn.primitive.bind(*functions, *values, **bound)
+
+
 def _jaxprs(value: Any) -> list:
     """The open jaxprs that a parameter of a primitive holds."""
     if isinstance(value, jex.ClosedJaxpr):
@@ -114,15 +177,12 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any, form: str | None) -> list:
     """Evaluate a jaxpr in the current trace, convolutions in their fast form."""
     known: dict = {}
 
-    def read(atom):
-        return atom.val if isinstance(atom, jex.Literal) else known[atom]
-
     known.update(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
+        values = [_read(atom, known) for atom in eqn.invars]
         out = _equation(eqn, values, form)
         known.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [_read(atom, known) for atom in jaxpr.outvars]
 
 
 def _equation(eqn: Any, values: list, form: str | None) -> Any:
@@ -136,9 +196,35 @@ def _equation(eqn: Any, values: list, form: str | None) -> Any:
             return _evaluate(closed.jaxpr, closed.consts, values, form)
         if name in _INNER:
             params = params | {p: _rewrite(params[p], form) for p in _INNER[name]}
-    bound = eqn.primitive.get_bind_params(params)
-    functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.10 returns a pair for some primitives
-    return eqn.primitive.bind(*functions, *values, **bound)
+            if name == "while":
+                values, params = _lightened(values, params)
+    return _bind(eqn, values, params)
+
+
+def _lightened(values: list, params: dict) -> tuple[list, dict]:
+    """Take what the body of a while loop computes from constants out of it."""
+    closed, few = params["body_jaxpr"], params["body_nconsts"]
+    at = params["cond_nconsts"] + few
+    given = closed.jaxpr.invars
+    known = dict(zip(closed.jaxpr.constvars, closed.consts))
+    moved, rest, needed = _split(closed.jaxpr, set(known) | set(given[:few]))
+    if not needed:
+        return values, params
+    outside = known | dict(zip(given[:few], values[params["cond_nconsts"] : at]))
+    _work(moved, outside)
+
+    def body(*args):
+        inside = known | dict(zip([*given[:few], *needed, *given[few:]], args, strict=True))
+        _work(rest, inside)
+        return [_read(v, inside) for v in closed.jaxpr.outvars]
+
+    new = jax.make_jaxpr(body)(*(_like(v.aval) for v in [*given[:few], *needed, *given[few:]]))
+    params = params | {"body_jaxpr": new, "body_nconsts": few + len(needed)}
+    return [*values[:at], *(outside[v] for v in needed), *values[at:]], params
+
+
+def _like(aval: Any) -> Any:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def _rewrite(value: Any, form: str | None) -> Any:
@@ -147,7 +233,5 @@ def _rewrite(value: Any, form: str | None) -> Any:
         return type(value)(_rewrite(v, form) for v in value)
     is_open = isinstance(value, jex.Jaxpr)
     jaxpr, consts = (value, ()) if is_open else (value.jaxpr, value.consts)
-    held: list[Any] = [v.aval for v in jaxpr.invars]
-    avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in held]
-    closed = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, consts, args, form))(*avals)
+    closed = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, consts, args, form))(*(_like(v.aval) for v in jaxpr.invars))
     return closed.jaxpr if is_open else closed

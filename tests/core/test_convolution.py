@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxadv.core import FORMS, canonical
+from jaxadv.core import FORMS, canonical, loop
 
 NAMES = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 CASES = {  # spatial, kernel, strides, padding, options
@@ -132,6 +132,50 @@ def test_the_rewrite_reaches_inside(place):
     before = strides_of(jax.make_jaxpr(inner)(x, w).jaxpr)
     after = strides_of(jax.make_jaxpr(canonical(inner, enabled=True, form="phases"))(x, w).jaxpr)
     assert (2, 2) in before and after and (2, 2) not in after
+
+
+def kernel_sums(jaxpr, inside=False):
+    """Whether the kernels of minimal filtering (sums of [4, 6] slices) are computed outside and inside loops."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "add" and eqn.outvars[0].aval.shape == (4, 6):
+            found.add("inside" if inside else "outside")
+        for value in eqn.params.values():
+            for held in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(held, "jaxpr", held)
+                if hasattr(inner, "eqns"):
+                    found |= kernel_sums(inner, inside or eqn.primitive.name in ("while", "scan"))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["steps", "until", "nested"])
+def test_kernels_are_transformed_once_before_the_loop(kind, monkeypatch):
+    monkeypatch.setattr("jaxadv.core.convolution.choose", lambda *_: "winograd")
+    conv, x, w = setting("plain")
+
+    def step(w):
+        return lambda x: x + 0.1 * conv(x, w)[..., :4]
+
+    def never(x):
+        return jnp.zeros(x.shape[0], bool)
+
+    def nested(x, w):
+        held = lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, step(w)(c[1])), (0, x))
+        return held[1]
+
+    fns = {
+        "steps": lambda x, w: loop(step(w), x, 3),
+        "until": lambda x, w: loop(step(w), x, 3, until=never),
+        "nested": lambda x, w: loop(lambda x: nested(x, w), x, 3, until=never),
+    }
+    jaxpr = jax.make_jaxpr(fns[kind])(x, w).jaxpr
+    assert kernel_sums(jaxpr) == {"outside"}
+    want = x
+    for _ in range(6 if kind == "nested" else 3):
+        want = step(w)(want)
+    near(jax.jit(fns[kind])(x, w), want)
+    one_device = jax.jit(fns[kind])(x, w), jax.vmap(fns[kind], in_axes=(0, None))(jnp.stack([x, x]), w)
+    near(one_device[1][1], one_device[0])
 
 
 def test_custom_derivatives_stay():
