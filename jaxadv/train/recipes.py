@@ -179,6 +179,10 @@ def fast_mnist(
     | 1 step | 2e-3, 10 | 2 epochs | 0 | 49 % |
     | 2 steps | 2e-3, 10 | 2 epochs | 0 | 0 % |
     | 5 steps (this recipe) | 2e-3, 10 | 2 epochs | 0 | 93 % |
+    | 1 step (published) | 5e-3, 10 | none | 0, 1, 2 | 0.0 %, 86.6 %, 87.0 % (all 10,000 test images) |
+    | 5 steps (this recipe) | 2e-3, 10 | 2 epochs | 0, 1, 2 | 90.4 %, 91.2 %, 90.6 % (all 10,000 test images) |
+
+    Every step counts on the order of rows and on rounding, so equal seeds on other machines may fare otherwise.
 
     Args:
       data: training source.
