@@ -47,7 +47,7 @@ def test_each_claim_has_what_a_claim_must_have(name):
 
 
 def test_the_first_claims_are_there_and_an_unknown_one_is_refused():
-    assert {"fast_at", "pgd_training"} <= set(framework.names())
+    assert {"autoattack", "fast_at", "pgd_training"} <= set(framework.names())
     with pytest.raises(ValueError, match="unknown claim 'fast_a'.*fast_at"):
         framework.load("fast_a")
 
@@ -243,3 +243,16 @@ def test_each_claim_takes_one_step(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().split("\n")[-1] in framework.VERDICTS
+
+
+def test_the_verdict_on_autoattack_can_go_either_way():
+    judge = framework.load("autoattack").verdict
+    numbers = {}
+    for net, (pgd, suite) in {"PGD-trained": (88.0, 85.0), "saturated": (97.0, 85.0), "collapsed": (3.0, 0.0)}.items():
+        numbers |= {f"{net}: PGD, robust %": [pgd], f"{net}: AutoAttack, robust %": [suite]}
+        numbers |= {f"{net}: {name} alone, robust %": [suite + 1] for name in ("apgd_ce", "square")}
+    word, why = judge(numbers)
+    assert word == "holds" and "saturated 85.0 % (PGD 97.0 %, best member 86.0 %)" in why
+    assert judge(numbers | {"saturated: AutoAttack, robust %": [90.0]})[0] == "does not hold here"
+    assert judge(numbers | {"saturated: PGD, robust %": [86.0]})[0] == "holds in part"
+    assert judge(numbers | {"collapsed: apgd_ce alone, robust %": [-1.0]})[0] == "does not hold here"
