@@ -333,6 +333,7 @@ def noisy(w, x, keys=None):
     return z + 3 * jax.vmap(lambda k: jax.random.normal(k, (w.shape[1],)))(keys)
 
 
+@pytest.mark.slow
 def test_randomized_models_are_asked_with_fresh_keys_and_averaged():
     _, x, y, w = problem(b=40)
     model, plain = Partial(noisy, jnp.asarray(w)), Partial(linear, jnp.asarray(w))

@@ -42,7 +42,8 @@ def small(threat, *more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
 def test_the_pure_function_and_the_engine_agree_and_are_exact(whole):
     model, x, y, far = problem()
     eps = float(np.median(far))
