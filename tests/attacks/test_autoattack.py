@@ -89,8 +89,8 @@ def test_the_versions():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.02), ("l2", 0.3), ("l1", 1.0)])
-def test_the_whole_of_autoattack_is_exact_on_a_linear_model(norm, eps):
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_whole_of_autoattack_is_exact_on_a_linear_model(norm):
     model, x, y, far = problem(n=24)
     w = np.asarray(model.args[0], np.float64)
     power = {"linf": 1, "l2": 2, "l1": np.inf}[norm]
@@ -98,12 +98,13 @@ def test_the_whole_of_autoattack_is_exact_on_a_linear_model(norm, eps):
     gap = z[np.arange(len(x)), y][:, None] - z
     slope = np.linalg.norm(w.T[y][:, None] - w.T[None], ord=power, axis=-1)
     reach = np.min(np.where(np.arange(4) == y[:, None], np.inf, gap / np.maximum(slope, 1e-9)), -1)
+    eps = float(np.median(reach[reach > 0]))  # half of the examples can be broken
     threat = threats.THREATS[norm](eps)
     report = evaluate(KEY, model, x, y, threat)  # the default
     by = np.asarray(report.models[0].examples["by"])
     clear = np.abs(reach - eps) > 0.02 * eps
     np.testing.assert_array_equal((by == -1)[clear], (reach > eps)[clear])
-    assert 0 < (by == -1).sum() < 21
+    assert clear.sum() >= 20 and 8 <= (by == -1).sum() <= 13
 
 
 def nan_in_the_dark(params, x):
@@ -116,14 +117,16 @@ def steps_only(params, x):
 
 
 @pytest.mark.parametrize(
-    "classes", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(1000, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-    "kind", [affine, *(pytest.param(f, marks=pytest.mark.slow) for f in (nan_in_the_dark, steps_only))]
+    ("kind", "classes"),
+    [
+        (affine, 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((affine, 2), (affine, 1000), (nan_in_the_dark, 2), (steps_only, 2))
+        ),
+    ],
 )
 def test_odd_models_are_attacked_without_a_crash(kind, classes):
-    if classes != 2 and kind is not affine:
-        pytest.skip("few classes and odd functions are tried apart")
     model, x, y, far = problem(n=12, classes=classes)
     eps = 0.03
     parts = (Stage("apgd_ce", (("steps", 4),)), Stage("apgd_t", (("steps", 4),)), Stage("square", (("queries", 15),)))

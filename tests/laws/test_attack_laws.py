@@ -147,7 +147,7 @@ def test_feasible_in_float64_verified_and_never_worse_than_clean(attack, threat)
     assert not np.any(~held & ~found.success)
     score = clean[np.arange(16), y] - np.where(np.arange(CLASSES) == y[:, None], -np.inf, clean).max(-1)
     assert (found.score <= score + 1e-5)[found.success == ~held].all()
-    assert (found.score < score - 1e-4)[held].mean() > 0.8  # it searches at all
+    assert (found.score < score - 1e-4)[held].mean() > 0.5  # it searches at all, in four steps
     np.testing.assert_allclose(found.size, build(threat).size(found.x, x), rtol=1e-5, atol=1e-6)
     calls = [v.tolist() for v in (found.queries, found.grads)]
     assert calls == [[n] * 16 for n in spent(a)]
