@@ -231,7 +231,7 @@ def _rewrite(value: Any, form: str | None) -> Any:
     """Trace a held jaxpr anew, with its convolutions in their fast form."""
     if isinstance(value, (tuple, list)):
         return type(value)(_rewrite(v, form) for v in value)
-    is_open = isinstance(value, jex.Jaxpr)
+    is_open = not hasattr(value, "consts")  # from jax 0.12 on every jaxpr holds its constants
     jaxpr, consts = (value, ()) if is_open else (value.jaxpr, value.consts)
     closed = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, consts, args, form))(*(_like(v.aval) for v in jaxpr.invars))
     return closed.jaxpr if is_open else closed
