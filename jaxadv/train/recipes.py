@@ -182,7 +182,7 @@ def fast_mnist(
     | 1 step (published) | 5e-3, 10 | none | 0, 1, 2 | 0.0 %, 86.6 %, 87.0 % (all 10,000 test images) |
     | 5 steps (this recipe) | 2e-3, 10 | 2 epochs | 0, 1, 2 | 90.4 %, 91.2 %, 90.6 % (all 10,000 test images) |
 
-    Every step counts on the order of rows and on rounding, so equal seeds on other machines may fare otherwise.
+    Rounding decides much in such runs: equal seeds may fare otherwise on other machines.
 
     Args:
       data: training source.
