@@ -1,7 +1,7 @@
 """AutoAttack beside the official code: the same weights, the same examples, every attack alone and all together.
 
 Three commands, each writing to files that the next reads. `nets` trains the networks with jaxadv and stores them as
-`tests/fixtures/autoattack_nets.npz` (float16 weights, so that the file is small; both sides compute with exactly these
+`tests/fixtures/autoattack_NET.npz` (float16 weights, so that the file is small; both sides compute with exactly these
 in float32) and the examples in a file of your choice. `official` needs torch and a checkout of
 fra31/auto-attack and does not import jaxadv; it runs every attack of the standard suite on all examples, so that the
 verdict of the suite is that of the worst. `ours` does the same with jaxadv and prints both side by side; where ours is
@@ -26,7 +26,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 FIXTURES = HERE.parent.parent / "tests" / "fixtures"
-WEIGHTS, OFFICIAL = FIXTURES / "autoattack_nets.npz", FIXTURES / "autoattack_official.npz"
+OFFICIAL = FIXTURES / "autoattack_official.npz"
 STORED = HERE / "results" / "autoattack.json"
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 NETS = {  # data, epochs, budget of training (0: standard), budgets of the attacks
@@ -34,6 +34,11 @@ NETS = {  # data, epochs, budget of training (0: standard), budgets of the attac
     "mnist_robust": ("mnist", 10, 0.3, {"Linf": 0.3, "L2": 1.0, "L1": 5.0}),
     "cifar_small": ("cifar10_jpeg", 6, 4 / 255, {"Linf": 4 / 255, "L2": 0.25, "L1": 3.0}),
 }
+
+
+def weights_of(net: str) -> Path:
+    """The fixture that holds a network."""
+    return FIXTURES / f"autoattack_{net}.npz"
 
 
 def examples(net: str, n: int):
@@ -64,7 +69,8 @@ def train(path: str, n: int) -> None:
         arrays[f"{net}/index"] = np.asarray(test.index, np.int32)
         images[f"{net}/x"], images[f"{net}/y"] = np.asarray(x, np.float32), np.asarray(y, np.int32)
         print(net, "clean accuracy", float(np.mean(np.argmax(forward(arrays, net)(x), -1) == y)), flush=True)
-    np.savez_compressed(WEIGHTS, **arrays)
+    for net in NETS:
+        np.savez_compressed(weights_of(net), **{k: v for k, v in arrays.items() if k.startswith(f"{net}/")})
     np.savez_compressed(path, **images)
 
 
@@ -123,10 +129,10 @@ def official(path: str, checkout: str, nets, norms, seeds, n: int) -> None:
     sys.path.insert(0, checkout)
     from autoattack import AutoAttack
 
-    arrays, images = np.load(WEIGHTS), np.load(path)
+    images = np.load(path)
     done = dict(np.load(OFFICIAL)) if OFFICIAL.exists() else {}
     for net in nets:
-        model = torch_net(arrays, net)
+        model = torch_net(np.load(weights_of(net)), net)
         x = torch.tensor(images[f"{net}/x"][:n].transpose(0, 3, 1, 2).copy())
         y = torch.tensor(images[f"{net}/y"][:n].astype(np.int64))
         for norm in norms:
@@ -149,7 +155,7 @@ def ours(path: str, nets, norms, seeds, n: int) -> None:
 
     import jaxadv as ja
 
-    arrays, images, done = np.load(WEIGHTS), np.load(path), np.load(OFFICIAL)
+    images, done = np.load(path), np.load(OFFICIAL)
     record = json.loads(STORED.read_text()) if STORED.exists() else {}
     for name in done.files:
         net, norm, seed = name.split("/")
@@ -159,6 +165,7 @@ def ours(path: str, nets, norms, seeds, n: int) -> None:
         eps = NETS[net][3][norm]
         threat = getattr(ja, norm.lower())(eps)
         x, y = images[f"{net}/x"][:n], images[f"{net}/y"][:n]
+        arrays = np.load(weights_of(net))
         model = forward(arrays, net)
         rows, points = [], np.zeros_like(x)
         for stage in ja.evaluate.PROTOCOLS["standard"](threat):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
+from benchmarks.parity import autoattack as parity
 from jaxadv import attacks, core, evaluate, threats
 from jaxadv.attacks import Chain, Stage, Transfer, autoattack, transfer
 from jaxadv.attacks.autoattack import NEEDS, VERSIONS, fitting, stages
@@ -140,6 +141,7 @@ def test_odd_models_are_attacked_without_a_crash(kind, classes):
     assert evaluate.verify_report(report, own) == []
 
 
+@pytest.mark.slow
 def test_a_transferred_attack_follows_the_surrogate_and_asks_the_model():
     model, x, y, far = problem()
     threat = threats.linf(float(np.quantile(far, 0.6)))
@@ -158,6 +160,7 @@ def test_a_transferred_attack_follows_the_surrogate_and_asks_the_model():
     assert chosen.max_steps == 1
 
 
+@pytest.mark.slow
 def test_inputs_that_are_no_images_go_without_square():
     model, x, y, far = problem(shape=(12,))
     threat = threats.linf(float(np.median(far)))
@@ -182,3 +185,17 @@ def test_the_chain_refuses_what_an_attack_refuses():
         chain.run(KEY, model, x + 1, y)
     with pytest.raises(ValueError, match="index must"):
         chain.run(KEY, model, x, y, index=np.arange(3))
+
+
+@pytest.mark.slow
+def test_verdicts_agree_with_the_official_code_example_by_example(data_root):
+    """Fixtures of `benchmarks/parity/autoattack.py`; 100 of the 1,000 examples that were run there."""
+    arrays, official = np.load(parity.weights_of("mnist_robust")), np.load(parity.OFFICIAL)
+    test = parity.examples("mnist_robust", 1000)
+    np.testing.assert_array_equal(test.index, arrays["mnist_robust/index"])
+    x, y = (part[:100] for part in test.all())
+    held = official["mnist_robust/Linf/0"].all(0)[:100]
+    report = evaluate(KEY, parity.forward(arrays, "mnist_robust"), x, y, threats.linf(0.3), index=test.index[:100])
+    ours = np.asarray(report.models[0].examples["by"]) == -1
+    assert held.sum() > 70 and (ours == held).mean() >= 0.98
+    assert ours.sum() <= held.sum() + 1

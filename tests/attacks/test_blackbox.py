@@ -87,6 +87,7 @@ def test_windows_have_the_side_that_the_schedule_says(rescale):
                 assert (np.diff(high) == 1).all()
 
 
+@pytest.mark.slow
 def test_rows_with_counters_of_their_own_get_windows_of_their_own():
     """Steps of rows in one batch differ; each row's proposal is that of a batch where all rows are at its step."""
     for norm in ("linf", "l2"):

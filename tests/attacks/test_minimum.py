@@ -233,6 +233,7 @@ def test_a_thousand_classes():
     assert (np.asarray(targeted.size) >= want - 1e-5).all()
 
 
+@pytest.mark.slow
 def test_dead_gradients_and_nan_are_flagged_and_wrong_rows_come_back_unchanged():
     model, x, y, w = problem(b=8)
     wrong = y.copy()

@@ -27,7 +27,14 @@ SHORT = {  # settings of the laws where they are not four steps; attacks that st
     "fab": {"steps": 4, "early": False},
     "fab_t": {"steps": 4, "targets": 2, "early": False},
 }
-DEAR = ("apgd_dlr", "apgd_t", "fab_t")  # their kin stand for them in the default run where nothing of theirs differs
+DEAR = (
+    "r_fgsm",
+    "bim",
+    "mi_fgsm",
+    "apgd_dlr",
+    "apgd_t",
+    "fab_t",
+)  # their kin stand for them in the default run where nothing of theirs differs
 
 
 def build(name, scale=1.0):
