@@ -1,7 +1,8 @@
 """Test-wide settings: eight CPU devices, shape and type checks on, implicit promotion of ranks refused.
 
-Also two house rules: laws and spine carry the mark `corner`, and with `--strict-durations` a test that computes for
-more than five seconds without the mark `slow` fails the run.
+Also house rules: laws and spine carry the mark `corner`; with `--strict-durations` a test that computes for more than
+five seconds without the mark `slow` fails the run; and XLA compiles quickly rather than well, because most tests
+compile for longer than they compute (`--compile=full` compiles as users do; CI runs the slow suite and `corner` so).
 """
 
 import os
@@ -22,6 +23,10 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if jax.__version__.startswith("0.10."):  # XLA ends the process at a flag it does not know, and later ones do not
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
 
 HERE = Path(__file__).resolve().parent
 CORNER = ("laws", "core", "test_layout.py", "test_public.py", "test_spine.py")
@@ -53,6 +58,8 @@ def pytest_addoption(parser):
         help="fail the run if a test without the mark slow computes for longer (5 if no number is given)",
     )
 
+    parser.addoption("--compile", choices=("quick", "full"), default="quick", help="how well XLA compiles on CPU")
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
@@ -78,6 +85,10 @@ def pytest_runtest_call(item):
 
 
 def pytest_configure(config):
+    if (
+        config.getoption("--compile") == "quick"
+    ):  # read when the first array is made; processes that tests start inherit it
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK]).strip()
     config.stash[_LONG] = []
     config.pluginmanager.register(_Durations(config), "durations-of-house")
 

@@ -269,7 +269,6 @@ def test_early_rows_stop_where_they_break():
     assert (np.asarray(late.score) <= np.asarray(found.score) + 1e-6).all()
 
 
-@pytest.mark.slow
 def test_restarts_help_and_losses_agree():
     model, x, y = net(rows=60)
     found = go(apgd_ce(linf(0.08), steps=10), model, x, y)
@@ -333,7 +332,6 @@ def noisy(w, x, keys=None):
     return z + 3 * jax.vmap(lambda k: jax.random.normal(k, (w.shape[1],)))(keys)
 
 
-@pytest.mark.slow
 def test_randomized_models_are_asked_with_fresh_keys_and_averaged():
     _, x, y, w = problem(b=40)
     model, plain = Partial(noisy, jnp.asarray(w)), Partial(linear, jnp.asarray(w))

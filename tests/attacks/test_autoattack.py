@@ -141,7 +141,6 @@ def test_odd_models_are_attacked_without_a_crash(kind, classes):
     assert evaluate.verify_report(report, own) == []
 
 
-@pytest.mark.slow
 def test_a_transferred_attack_follows_the_surrogate_and_asks_the_model():
     model, x, y, far = problem()
     threat = threats.linf(float(np.quantile(far, 0.6)))
@@ -160,7 +159,6 @@ def test_a_transferred_attack_follows_the_surrogate_and_asks_the_model():
     assert chosen.max_steps == 1
 
 
-@pytest.mark.slow
 def test_inputs_that_are_no_images_go_without_square():
     model, x, y, far = problem(shape=(12,))
     threat = threats.linf(float(np.median(far)))
@@ -168,7 +166,6 @@ def test_inputs_that_are_no_images_go_without_square():
     np.testing.assert_array_equal(found.success, far < threat.eps)
 
 
-@pytest.mark.slow
 def test_the_protocol_goes_without_square_too():
     model, x, y, far = problem(shape=(12,))
     threat = threats.linf(float(np.median(far)))

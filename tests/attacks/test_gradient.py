@@ -154,7 +154,6 @@ def tiny(logits, y):
     return 1e-8 * losses.minus_cross_entropy(logits, y)
 
 
-@pytest.mark.slow
 def test_a_loss_scaled_by_1e_8_gives_the_same_l2_attack():
     for threat in (l2(0.5), linf(0.05)):
         same = [go(pgd(threat, steps=5, loss=f), MODEL, X, Y).x for f in (losses.minus_cross_entropy, tiny)]
@@ -187,7 +186,6 @@ def test_early_rows_stop_at_their_first_failure():
     assert (np.asarray(found.score) <= np.asarray(losses.margin(MODEL(X), wrong)) + 1e-6).all()
 
 
-@pytest.mark.slow
 def test_flags_of_nan_zero_gradients_and_inputs_outside_the_box():
     sick = Partial(lambda x: MODEL(x) * jnp.where(x[:, :1] > X[4, 0] - 0.05, jnp.nan, 1.0))
     found = go(pgd(linf(0.01), steps=3), sick, X, Y)
@@ -201,7 +199,6 @@ def test_flags_of_nan_zero_gradients_and_inputs_outside_the_box():
     np.testing.assert_array_equal(out.flags["infeasible"], np.arange(10) == 3)
 
 
-@pytest.mark.slow
 def test_radius_sweep_restarts_and_schedules():
     sweep = jax.jit(jax.vmap(lambda e: pgd(linf(e), steps=3).run(KEY, MODEL, X, Y).score))(jnp.float32([0.05, 0.1]))
     for row, eps in zip(sweep, (0.05, 0.1)):

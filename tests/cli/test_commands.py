@@ -29,7 +29,6 @@ def report_of(folder):
 # ------------------------------------------------------------------------------------------------------------- evaluate
 
 
-@pytest.mark.slow
 def test_evaluate_writes_what_the_library_measures(cli, nearest_mean, tmp_path):
     out, adv = tmp_path / "out", tmp_path / "adv.npz"
     words = [
@@ -281,7 +280,6 @@ def test_a_full_disk_leaves_nothing_half_written(refused, nearest_mean, tmp_path
 # --------------------------------------------------------------------------------------------------------------- attack
 
 
-@pytest.mark.slow
 def test_attack_saves_what_the_library_finds(cli, nearest_mean, tmp_path):
     adv = tmp_path / "adv.npz"
     words = [

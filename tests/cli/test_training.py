@@ -27,7 +27,6 @@ def config_of(run):
     return json.loads((run / "config.json").read_text())
 
 
-@pytest.mark.slow
 def test_train_writes_a_run_folder_whose_weights_are_the_trained_ones(cli, tiny, tmp_path):
     run = tmp_path / "run"
     ran = cli("train", *TINY, "--out", run, "--seed", 5, "--batch-size", 50)
@@ -84,7 +83,6 @@ def test_settings_reach_fit(tmp_path):
     assert training._given(Train(out=tmp_path)) == {}
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_weights(cli, tiny, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut run"
     words = ["--recipe", "tiny_digits", "--eps", "1/10", "--batch-size", 100, "--save-every", 4, "--validate-every", 6]
@@ -126,7 +124,6 @@ def test_an_interrupted_run_resumes_to_the_same_weights(cli, tiny, tmp_path, mon
     )
 
 
-@pytest.mark.slow
 def test_resume_with_other_arguments_is_refused_with_what_differs(cli, refused, tiny, tmp_path):
     run = tmp_path / "run"
     assert cli("train", *TINY, "--out", run).code == 0
@@ -136,7 +133,6 @@ def test_resume_with_other_arguments_is_refused_with_what_differs(cli, refused, 
     assert f"Continue it with: {training.resume_command(run)}" in refused("train", *TINY, "--out", run)
 
 
-@pytest.mark.slow
 def test_the_budget_and_the_data_of_a_run_are_the_defaults_of_its_evaluation(cli, tiny, tmp_path):
     run, out = tmp_path / "run", tmp_path / "evaluation"
     assert cli("train", *TINY, "--eps", "1/20", "--keep", "best", "--out", run).code == 0
@@ -240,7 +236,6 @@ def test_the_log_is_dated(tmp_path):
 # ------------------------------------------------------------------------------------------------- the demo, whole runs
 
 
-@pytest.mark.slow
 def test_a_small_demo(cli, tiny, tmp_path, monkeypatch):
     for name in ("standard_digits", "pgd_digits"):
         monkeypatch.setitem(train.RECIPES, name, tiny)

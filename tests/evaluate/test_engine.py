@@ -425,7 +425,6 @@ def test_a_search_in_bfloat16_counts_only_what_float32_confirms(kit):
         evaluate(KEY, p.model, p.x, p.y, LINF, search_dtype="float16")
 
 
-@pytest.mark.slow
 def test_several_devices_and_other_slots_change_nothing(kit):
     p = kit.linear()
     mesh = jax.make_mesh((8,), ("data",))

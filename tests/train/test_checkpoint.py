@@ -186,7 +186,6 @@ def test_another_configuration_is_refused_by_name(kit, key, tmp_path):
         train.fit(jax.random.key(9), **arguments(kit, tmp_path, resume=True))
 
 
-@pytest.mark.slow
 def test_another_executor_may_resume(kit, key, tmp_path):
     smooth = {"objective": train.standard(), "optimizer": optax.sgd(0.1, momentum=0.9)}
     with pytest.raises(Stop):
