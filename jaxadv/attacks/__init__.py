@@ -14,15 +14,15 @@ from jaxadv.attacks.autoattack import autoattack as autoattack
 from jaxadv.attacks.autoattack import transfer as transfer
 from jaxadv.attacks.blackbox import SquareAttack as SquareAttack
 from jaxadv.attacks.blackbox import square as square
+from jaxadv.attacks.fab import FAB as FAB
+from jaxadv.attacks.fab import fab as fab
+from jaxadv.attacks.fab import fab_t as fab_t
 from jaxadv.attacks.gradient import GradientAttack as GradientAttack
 from jaxadv.attacks.gradient import bim as bim
 from jaxadv.attacks.gradient import fgsm as fgsm
 from jaxadv.attacks.gradient import mi_fgsm as mi_fgsm
 from jaxadv.attacks.gradient import pgd as pgd
 from jaxadv.attacks.gradient import r_fgsm as r_fgsm
-from jaxadv.attacks.minimum import FAB as FAB
-from jaxadv.attacks.minimum import fab as fab
-from jaxadv.attacks.minimum import fab_t as fab_t
 from jaxadv.attacks.scale import scaled as scaled
 from jaxadv.core.run import best_of as best_of
 from jaxadv.core.types import Attack

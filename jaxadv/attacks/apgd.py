@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
+from jaxadv.attacks.judge import dead, judge
 from jaxadv.core import (
     Attack,
     Result,
@@ -32,11 +33,11 @@ from jaxadv.core import (
     edges,
     is_labels,
     pytree,
-    robust,
     select,
     static,
     step_keys,
 )
+from jaxadv.core.rows import flat, wide
 
 NORMS = ("linf", "l2", "l1")
 
@@ -140,17 +141,9 @@ class State(NamedTuple):
     infeasible: Bool[Array, " b"]
 
 
-def _wide(value, x):
-    return value.reshape(value.shape + (1,) * (x.ndim - 1))
-
-
-def _flat(value):
-    return value.reshape(value.shape[0], -1)
-
-
 def _changed(point, x):
     """How many features of each row differ."""
-    return jnp.sum(_flat(point != x), axis=-1).astype(x.dtype)
+    return jnp.sum(flat(point != x), axis=-1).astype(x.dtype)
 
 
 def _takes_keys(model) -> bool:
@@ -194,11 +187,11 @@ class APGD(Attack):
                 "For targets of your own use apgd."
             )
         x = jnp.asarray(x)
-        nothing = jnp.zeros_like(_flat(x)[:, 0])
+        nothing = jnp.zeros_like(flat(x)[:, 0])
         none, zero = nothing > 1, nothing.astype(jnp.int32)
         low, high = edges(self.threat.bounds, x)
         logits = self._logits(model, x, step_keys(keys, zero + self.max_steps))
-        score, broken, finite = self._judge(logits, y)
+        score, broken, finite = judge(logits, y, self._criterion(y))
         targets = min(self.targets, logits.shape[-1] - 1)
         order = lax.top_k(logits, targets + 1)[1][:, 1:].astype(jnp.int32)
         return State(
@@ -223,7 +216,7 @@ class APGD(Attack):
             order=order,
             nonfinite=~finite,
             zero_gradient=none,
-            infeasible=jnp.any(_flat((x < low) | (x > high)), axis=-1),
+            infeasible=jnp.any(flat((x < low) | (x > high)), axis=-1),
         )
 
     def step(self, state: State, model, x, y) -> State:
@@ -243,7 +236,7 @@ class APGD(Attack):
         previous = select(now.begin, point, state.point)
 
         loss, grad, (score, broken, finite) = self._ask(model, point, self._aim(state, y), y, keys)
-        dead = jnp.all(_flat((grad == 0) | ~jnp.isfinite(grad)), axis=-1)
+        lost = dead(grad)
         grad = jnp.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
         state = self._remember(state, point, score, broken & now.final, now.final)
 
@@ -260,7 +253,7 @@ class APGD(Attack):
             falls=jnp.where(now.begin, 0, state.falls + (loss < state.last_loss)),
             step=state.step + 1,
             nonfinite=state.nonfinite | ~finite,
-            zero_gradient=state.zero_gradient | dead,
+            zero_gradient=state.zero_gradient | lost,
         )
         return self._begun(self._checked(state, now, eps, x), now, here, eps, x)
 
@@ -273,7 +266,7 @@ class APGD(Attack):
     def result(self, state: State, model, x, y) -> Result:
         """Ask the model again at what is returned."""
         keys = step_keys(state.keys, state.step * 0 + self.max_steps + 1)
-        score, broken, finite = self._judge(self._logits(model, state.found, keys), y)
+        score, broken, finite = judge(self._logits(model, state.found, keys), y, self._criterion(y))
         flags = {
             "nonfinite": state.nonfinite | ~finite,
             "zero_gradient": state.zero_gradient,
@@ -305,19 +298,19 @@ class APGD(Attack):
         """linf, l2: a random point whose distance is the whole budget, then cut to the box. l1: noise, projected."""
         if self.threat.norm == "linf":
             draw = jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:], x.dtype, -1.0, 1.0))(keys)
-            draw = draw / _wide(jnp.max(_flat(jnp.abs(draw)), axis=-1), x)
+            draw = draw / wide(jnp.max(flat(jnp.abs(draw)), axis=-1), x)
         else:
             draw = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
             if self.threat.norm == "l1":
                 return threat.project(x + draw, x)
-            draw = draw / _wide(jnp.sqrt(jnp.sum(_flat(draw) ** 2, axis=-1)), x)
-        return threat.project(x + _wide(eps, x) * draw, x)
+            draw = draw / wide(jnp.sqrt(jnp.sum(flat(draw) ** 2, axis=-1)), x)
+        return threat.project(x + wide(eps, x) * draw, x)
 
     def _move(self, state: State, threat, second, x):
         """One step of every row, with momentum in linf and l2, along the largest gradients in l1."""
-        length = _wide(state.length, x)
+        length = wide(state.length, x)
         if self.threat.norm == "l1":
-            size = _flat(jnp.abs(state.grad))
+            size = flat(jnp.abs(state.grad))
             drop = jnp.clip(jnp.floor((1 - state.share) * size.shape[1]), 0, size.shape[1] - 1)
             keep = size.shape[1] - drop
 
@@ -325,11 +318,11 @@ class APGD(Attack):
                 return jnp.sum(size >= least[:, None], axis=-1) >= keep
 
             least = largest_where(enough, jnp.max(size, axis=-1))
-            sign = -jnp.where(jnp.abs(state.grad) >= _wide(least, x), jnp.sign(state.grad), 0)
-            count = jnp.sum(_flat(jnp.abs(sign)), axis=-1)
-            return self._project(threat, state.point + length * sign / _wide(jnp.maximum(count, 1), x), x)
+            sign = -jnp.where(jnp.abs(state.grad) >= wide(least, x), jnp.sign(state.grad), 0)
+            count = jnp.sum(flat(jnp.abs(sign)), axis=-1)
+            return self._project(threat, state.point + length * sign / wide(jnp.maximum(count, 1), x), x)
         ahead = self._project(threat, state.point + length * self.threat.steepest(-state.grad), x)
-        weight = _wide(jnp.where(second, 0.75, 1.0).astype(x.dtype), x)
+        weight = wide(jnp.where(second, 0.75, 1.0).astype(x.dtype), x)
         move = weight * (ahead - state.point) + (1 - weight) * (state.point - state.previous)
         return self._project(threat, state.point + move, x)
 
@@ -340,8 +333,8 @@ class APGD(Attack):
         want = point - x
         if self.threat.norm == "l1":  # features that return to x do so up to rounding
             return jnp.clip(point + ((threat.project(point, x) - x) - want), low, high)
-        size = _wide(jnp.sqrt(jnp.sum(_flat(want) ** 2, axis=-1)), x)
-        eps = _wide(jnp.broadcast_to(jnp.asarray(threat.eps, x.dtype), x.shape[:1]), x)
+        size = wide(jnp.sqrt(jnp.sum(flat(want) ** 2, axis=-1)), x)
+        eps = wide(jnp.broadcast_to(jnp.asarray(threat.eps, x.dtype), x.shape[:1]), x)
         return jnp.clip(x + want / (size + 1e-12) * jnp.minimum(size, eps), low, high)
 
     def _checked(self, state: State, now: Plan, eps, x) -> State:
@@ -399,12 +392,8 @@ class APGD(Attack):
         check.logits(logits)
         return logits.astype(jnp.promote_types(logits.dtype, point.dtype))
 
-    def _judge(self, logits, y):
-        """Margin, verdict and finiteness of each row; a score that is not finite ranks as minus infinity."""
-        finite = jnp.all(jnp.isfinite(logits), axis=-1)
-        score = losses.margin(logits, y) if is_labels(y) else self.loss(logits, y)
-        score = jnp.where(jnp.isfinite(score) & finite, score, -jnp.inf)
-        return score, ~robust(logits, y) if is_labels(y) else ~finite, finite
+    def _criterion(self, y) -> Callable:
+        return losses.margin if is_labels(y) else self.loss
 
     def _ask(self, model, point, aim, y, keys):
         """Loss, its gradient and the verdict at a point; over several passes means and the verdict of the majority."""
@@ -412,7 +401,7 @@ class APGD(Attack):
         def total(point, keys):
             logits = self._logits(model, point, keys)
             loss = self.loss(logits, aim)
-            return jnp.sum(loss), (loss, self._judge(logits, y))
+            return jnp.sum(loss), (loss, judge(logits, y, self._criterion(y)))
 
         def once(number):
             mine = jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)

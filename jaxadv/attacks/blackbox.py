@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxadv import losses
-from jaxadv.core import Attack, Result, Threat, check, edges, pytree, robust, select, static, step_keys
+from jaxadv.attacks.judge import judge
+from jaxadv.core import Attack, Result, Threat, check, edges, pytree, select, static, step_keys
 
 NORMS = ("linf", "l2", "l1")
 THRESHOLDS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -125,7 +125,7 @@ class SquareAttack(Attack):
         """Ask the model at `x` and draw the start; the first step evaluates it."""
         x = jnp.asarray(x)
         _image(x, self.threat.norm)
-        score, broken, finite = _judge(model(x), y)
+        score, broken, finite = judge(model(x), y)
         low, high = edges(self.threat.bounds, x)
         point = self._start(keys, x)
         score = score.astype(x.dtype)
@@ -149,7 +149,7 @@ class SquareAttack(Attack):
         if self.max_steps > self.queries:
             state = self._again(state, keys, first & (state.step > 0), x)
         proposal = select(first, state.point, self._propose(keys, state.point, x, jnp.maximum(local - 1, 0)))
-        score, broken, finite = _judge(model(proposal), y)
+        score, broken, finite = judge(model(proposal), y)
         score = score.astype(x.dtype)
         better = first | (score < state.score)
         if self.early:
@@ -176,7 +176,7 @@ class SquareAttack(Attack):
             point, score = select(older, state.kept, (point, score))
         found = (state.step > 0) & ((score < state.clean) | (state.broken & self.early))
         point = select(found, point, x)
-        score, broken, finite = _judge(model(point), y)
+        score, broken, finite = judge(model(point), y)
         return Result(
             x=point,
             score=score,
@@ -271,13 +271,6 @@ def _image(x, norm: str) -> None:
             f"square needs images [b, h, w, c]{least} for {norm}; got shape {x.shape}. "
             "Features without places have no windows: reshape x, or use an attack that needs none."
         )
-
-
-def _judge(logits, y):
-    """Margin, verdict and finiteness of each row; a score that is not finite ranks as minus infinity."""
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    score = losses.margin(logits, y)
-    return jnp.where(jnp.isfinite(score) & finite, score, -jnp.inf), ~robust(logits, y), finite
 
 
 def _budget(threat: Threat, x):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxadv import losses
 from jaxadv.attacks.apgd import NORMS, largest_where
+from jaxadv.attacks.judge import dead, judge
 from jaxadv.core import (
     Attack,
     Result,
@@ -23,26 +23,18 @@ from jaxadv.core import (
     edges,
     is_labels,
     pytree,
-    robust,
     select,
     static,
     step_keys,
 )
+from jaxadv.core.rows import flat, wide
 
 _NEWTON = 24
 
 
-def _wide(value, x):
-    return value.reshape(value.shape + (1,) * (x.ndim - 1))
-
-
-def _flat(value):
-    return value.reshape(value.shape[0], -1)
-
-
 def _length(move, norm: str):
     """The norm of each row, `[b]`."""
-    move = jnp.abs(_flat(move))
+    move = jnp.abs(flat(move))
     if norm == "linf":
         return jnp.max(move, axis=-1)
     if norm == "l1":
@@ -85,13 +77,13 @@ def to_hyperplane(
       arXiv:1907.02044. Their code sorts.
     """
     check.choice("norm", norm, NORMS)
-    top = jnp.max(jnp.abs(_flat(normal)), axis=-1)
+    top = jnp.max(jnp.abs(flat(normal)), axis=-1)
     scale = jnp.where(top > 0, top, 1)
     turn = jnp.where(offset < 0, -1, 1) / scale
     low, high = edges(bounds, point)
-    slope = normal * _wide(turn, point)
-    room = _flat(jnp.where(slope > 0, point - low, high - point))
-    slope, need = _flat(slope), jnp.abs(offset) / scale
+    slope = normal * wide(turn, point)
+    room = flat(jnp.where(slope > 0, point - low, high - point))
+    slope, need = flat(slope), jnp.abs(offset) / scale
     weight = jnp.abs(slope)
     room = jnp.where(weight > 0, jnp.maximum(room, 0), 0)
     if norm == "l1":
@@ -178,11 +170,11 @@ class FAB(Attack):
                 "To reach given classes use apgd."
             )
         x = jnp.asarray(x)
-        nothing = jnp.zeros_like(_flat(x)[:, 0])
+        nothing = jnp.zeros_like(flat(x)[:, 0])
         none = nothing > 1
         low, high = edges(self.threat.bounds, x)
         logits = self._logits(model, x)
-        score, broken, finite = self._judge(logits, y)
+        score, broken, finite = judge(logits, y)
         targets = min(self.targets, logits.shape[-1] - 1)
         return State(
             keys=keys,
@@ -196,7 +188,7 @@ class FAB(Attack):
             order=lax.top_k(logits, targets + 1)[1][:, 1:].astype(jnp.int32),
             nonfinite=~finite,
             zero_gradient=none,
-            infeasible=jnp.any(_flat((x < low) | (x > high)), axis=-1),
+            infeasible=jnp.any(flat((x < low) | (x > high)), axis=-1),
         )
 
     def step(self, state: State, model, x, y) -> State:
@@ -204,13 +196,13 @@ class FAB(Attack):
         norm, (low, high) = self.threat.norm, edges(self.threat.bounds, x)
         point = self._begun(state, x)
         if self.targets:
-            gap, normal, dead = self._to_target(state, model, point, y)
+            gap, normal, lost = self._to_target(state, model, point, y)
         else:
-            gap, normal, dead = self._to_nearest(model, point, y)
+            gap, normal, lost = self._to_nearest(model, point, y)
         normal = jnp.nan_to_num(normal, nan=0.0, posinf=0.0, neginf=0.0)
         gap = jnp.nan_to_num(gap, nan=0.0, posinf=0.0, neginf=0.0)
 
-        clean = gap + jnp.sum(_flat(normal * (x - point)), axis=-1)
+        clean = gap + jnp.sum(flat(normal * (x - point)), axis=-1)
         both = to_hyperplane(
             jnp.concatenate([point, x]),
             jnp.concatenate([normal, normal]),
@@ -220,14 +212,16 @@ class FAB(Attack):
         )
         here, there = jnp.split(both, 2)
         near, far = (jnp.maximum(_length(move, norm), 1e-8) for move in (here, there))
-        alpha = _wide(jnp.minimum(near / (near + far), self.alpha_max), x)
+        alpha = wide(jnp.minimum(near / (near + far), self.alpha_max), x)
         point = (1 - alpha) * (point + self.overshoot * here) + alpha * (x + self.overshoot * there)
         point = jnp.clip(point, low, high)
 
         eps = jnp.broadcast_to(jnp.asarray(self.threat.eps, x.dtype), x.shape[:1])
         within = _length(point - x, norm) <= eps * (1 + 1e-6)
-        point = select(within, self.threat.project(point, x), point)
-        _, fails, finite = self._judge(self._logits(model, point), y)
+        # Skipped where nobody is within; other rows discard it anyhow.
+        inside = lax.cond(jnp.any(within), lambda: self.threat.project(point, x), lambda: point)
+        point = select(within, inside, point)
+        _, fails, finite = judge(self._logits(model, point), y)
         distance = _length(point - x, norm)
         nearer = (fails & (distance < state.distance)) | (~fails & jnp.isinf(state.distance))
         return state._replace(
@@ -237,7 +231,7 @@ class FAB(Attack):
             distance=jnp.where(fails, jnp.minimum(distance, state.distance), state.distance),
             broken=state.broken | (fails & within),
             nonfinite=state.nonfinite | ~finite,
-            zero_gradient=state.zero_gradient | dead,
+            zero_gradient=state.zero_gradient | lost,
         )
 
     def done(self, state: State) -> Bool[Array, " b"]:
@@ -250,7 +244,7 @@ class FAB(Attack):
         """Project the nearest failing point into the budget and ask the model there; else return the better point."""
         point = select(state.wrong, x, self.threat.project(state.best, x))
         logits = self._logits(model, point)
-        score, fails, finite = self._judge(logits, y)
+        score, fails, finite = judge(logits, y)
         passes = 1 if self.targets else logits.shape[-1] - 1  # backward passes of a step
         better = fails | (score < state.score)
         return Result(
@@ -272,12 +266,6 @@ class FAB(Attack):
         check.logits(logits)
         return logits.astype(jnp.promote_types(logits.dtype, point.dtype))
 
-    def _judge(self, logits, y):
-        """Margin, verdict and finiteness of each row; a score that is not finite ranks as minus infinity."""
-        finite = jnp.all(jnp.isfinite(logits), axis=-1)
-        score = losses.margin(logits, y)
-        return jnp.where(jnp.isfinite(score) & finite, score, -jnp.inf), ~robust(logits, y), finite
-
     def _begun(self, state: State, x):
         """Rounds begin at the clean point; restarts half the smaller of budget and nearest distance away from it."""
         length = self.max_steps // self.rounds
@@ -295,7 +283,7 @@ class FAB(Attack):
             eps = jnp.broadcast_to(jnp.asarray(self.threat.eps, x.dtype), x.shape[:1])
             radius = jnp.minimum(eps, state.distance) / 2 / _length(draw, self.threat.norm)
             low, high = edges(self.threat.bounds, x)
-            return jnp.clip(x + _wide(radius, x) * draw, low, high)
+            return jnp.clip(x + wide(radius, x) * draw, low, high)
 
         # Drawn only when some row begins a restart. This saves work and decides nothing: other rows discard it.
         start = select(again, lax.cond(jnp.any(again), drawn, lambda: x), x)
@@ -313,7 +301,7 @@ class FAB(Attack):
             return jnp.sum(gap), gap
 
         normal, gap = jax.grad(total, has_aux=True)(point)
-        return gap, normal, jnp.all(_flat((normal == 0) | ~jnp.isfinite(normal)), axis=-1)
+        return gap, normal, dead(normal)
 
     def _to_nearest(self, model, point, y):
         """Gap and normal of the boundary that is nearest in the linearization, over all wrong classes in turn."""
@@ -322,7 +310,7 @@ class FAB(Attack):
         label = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
 
         def one(carry, number):
-            nearest, gap, normal, dead = carry
+            nearest, gap, normal, lost = carry
             other = number + (number >= y)  # [b]; skips the label
             weights = jax.nn.one_hot(other, classes, dtype=logits.dtype)
             new = jnp.sum(jnp.where(weights > 0, logits, 0), axis=-1) - label
@@ -330,13 +318,12 @@ class FAB(Attack):
             away = jnp.abs(new) / (_dual(grad, self.threat.norm) + 1e-12)
             first = away < nearest
             kept = select(first, (new, grad), (gap, normal))
-            none = jnp.all(_flat((grad == 0) | ~jnp.isfinite(grad)), axis=-1)
-            return (jnp.where(first, away, nearest), *kept, dead & none), None
+            return (jnp.where(first, away, nearest), *kept, lost & dead(grad)), None
 
         none = jnp.zeros_like(label)
         begin = (none + jnp.inf, none, jnp.zeros_like(point), none < 1)
-        (_, gap, normal, dead), _ = lax.scan(one, begin, jnp.arange(classes - 1))
-        return gap, normal, dead
+        (_, gap, normal, lost), _ = lax.scan(one, begin, jnp.arange(classes - 1))
+        return gap, normal, lost
 
 
 def _built(threat: Threat, targets: int, steps: int, restarts: int, settings: dict[str, Any], name: str) -> FAB:

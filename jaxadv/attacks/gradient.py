@@ -20,7 +20,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
-from jaxadv.core import Attack, Result, Threat, check, edges, is_labels, pytree, robust, select, static
+from jaxadv.attacks.judge import dead, judge
+from jaxadv.core import Attack, Result, Threat, check, edges, pytree, select, static
+from jaxadv.core.rows import flat, wide
 
 STARTS = ("zero", "random", "sign", "unclipped")
 
@@ -62,7 +64,7 @@ class GradientAttack(Attack):
     def init(self, keys, model, x, y) -> State:
         """Start at `x`, at a random point of the threat, or half a budget along random signs."""
         x = jnp.asarray(x)
-        nothing = jnp.zeros_like(x[:, ...].reshape(x.shape[0], -1)[:, 0])
+        nothing = jnp.zeros_like(flat(x)[:, 0])
         none = nothing > 1
         low, high = edges(self.threat.bounds, x)
         infeasible = jnp.any((x < low) | (x > high), axis=tuple(range(1, x.ndim)))
@@ -79,7 +81,7 @@ class GradientAttack(Attack):
         )
         if self.keep == "last":
             return state
-        score, broken, finite = self._judge(model(x), y)
+        score, broken, finite = judge(model(x), y, self.criterion)
         return state._replace(score=score, broken=broken, nonfinite=~finite)
 
     def step(self, state: State, model, x, y) -> State:
@@ -87,11 +89,10 @@ class GradientAttack(Attack):
 
         def total(point):
             logits = model(point)
-            return jnp.sum(self.loss(logits, y)), self._judge(logits, y)
+            return jnp.sum(self.loss(logits, y)), judge(logits, y, self.criterion)
 
         grad, (score, broken, finite) = jax.grad(total, has_aux=True)(state.point)
-        axes = tuple(range(1, grad.ndim))
-        dead = jnp.all(grad == 0, axis=axes) | ~jnp.all(jnp.isfinite(grad), axis=axes)
+        lost = dead(grad)
         rise = -jnp.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
         state = self._remember(state, score, broken)
         update: Callable[..., Any] = jax.vmap(self.transform.update)
@@ -100,7 +101,7 @@ class GradientAttack(Attack):
             rise = self.threat.steepest(self._movable(rise, state.point))
         size = self.step_size if self.schedule is None else self.step_size * jax.vmap(self.schedule)(state.step)
         size = jnp.broadcast_to(jnp.asarray(size, x.dtype), x.shape[:1])
-        move = size.reshape((-1,) + (1,) * (x.ndim - 1)) * rise
+        move = wide(size, x) * rise
         point = self.threat.project(state.point + move, x)
         if self.early:
             point = select(state.broken, state.point, point)
@@ -109,7 +110,7 @@ class GradientAttack(Attack):
             opt=opt,
             step=state.step + 1,
             nonfinite=state.nonfinite | ~finite,
-            zero_gradient=state.zero_gradient | dead,
+            zero_gradient=state.zero_gradient | lost,
         )
 
     def done(self, state: State) -> Bool[Array, " b"]:
@@ -120,12 +121,12 @@ class GradientAttack(Attack):
     def result(self, state: State, model, x, y) -> Result:
         """Judge the last point, keep the better one, and ask the model again at what is returned."""
         if self.keep == "best":
-            score, broken, finite = self._judge(model(state.point), y)
+            score, broken, finite = judge(model(state.point), y, self.criterion)
             state = self._remember(state, score, broken)._replace(nonfinite=state.nonfinite | ~finite)
             point = state.best
         else:
             point = state.point
-        score, broken, finite = self._judge(model(point), y)
+        score, broken, finite = judge(model(point), y, self.criterion)
         flags = {
             "nonfinite": state.nonfinite | ~finite,
             "zero_gradient": state.zero_gradient,
@@ -151,15 +152,7 @@ class GradientAttack(Attack):
             return dataclasses.replace(free, bounds=(-jnp.inf, jnp.inf)).sample(keys, x)
         draw = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
         half = jnp.broadcast_to(jnp.asarray(self.threat.eps, x.dtype) / 2, x.shape[:1])
-        return self.threat.project(x + half.reshape((-1,) + (1,) * (x.ndim - 1)) * self.threat.steepest(draw), x)
-
-    def _judge(self, logits, y):
-        """Score, verdict and finiteness of each row; a score that is not finite ranks as minus infinity."""
-        finite = jnp.all(jnp.isfinite(logits), axis=-1)
-        score = self.criterion(logits, y)
-        score = jnp.where(jnp.isfinite(score) & finite, score, -jnp.inf)
-        broken = ~robust(logits, y) if is_labels(y) else ~finite
-        return score, broken, finite
+        return self.threat.project(x + wide(half, x) * self.threat.steepest(draw), x)
 
     def _remember(self, state: State, score, broken) -> State:
         """Keep the better of the best point so far and the current one."""

@@ -1,6 +1,7 @@
 """Protocols and value types, argument checks, keys, the derived `run`, the loop door and the two verdicts."""
 
 from jaxadv.core import check as check
+from jaxadv.core import rows as rows
 from jaxadv.core.convolution import FORMS as FORMS
 from jaxadv.core.feasible import edges as edges
 from jaxadv.core.feasible import feasible as feasible
@@ -13,10 +14,10 @@ from jaxadv.core.keys import example_keys as example_keys
 from jaxadv.core.keys import step_keys as step_keys
 from jaxadv.core.loop import canonical as canonical
 from jaxadv.core.loop import loop as loop
+from jaxadv.core.rows import select as select
 from jaxadv.core.run import advance as advance
 from jaxadv.core.run import best_of as best_of
 from jaxadv.core.run import run as run
-from jaxadv.core.run import select as select
 from jaxadv.core.serve import Board as Board
 from jaxadv.core.serve import Data as Data
 from jaxadv.core.serve import Out as Out

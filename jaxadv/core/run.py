@@ -10,25 +10,8 @@ import jax.numpy as jnp
 from jaxadv.core import check
 from jaxadv.core.keys import example_keys
 from jaxadv.core.loop import canonical, loop
+from jaxadv.core.rows import select
 from jaxadv.core.types import Attack, PyTree, Result
-
-
-def select(rows, yes: PyTree, no: PyTree) -> PyTree:
-    """Choose between two states row by row.
-
-    Args:
-      rows: bool `[b]`.
-      yes: the state taken where `rows` is True; every leaf `[b, ...]`.
-      no: the state taken elsewhere.
-
-    Returns:
-      The mixed state.
-    """
-
-    def leaf(a, b):
-        return jnp.where(rows.reshape(rows.shape + (1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(leaf, yes, no)
 
 
 def advance(attack: Attack, state: PyTree, model, x, y) -> PyTree:

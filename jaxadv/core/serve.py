@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxadv.core import check
 from jaxadv.core.keys import example_keys
 from jaxadv.core.loop import canonical
-from jaxadv.core.run import select
+from jaxadv.core.rows import select
 from jaxadv.core.types import Attack, PyTree, Result
 
 

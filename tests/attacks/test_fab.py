@@ -12,7 +12,7 @@ from scipy.optimize import linprog, minimize
 
 from jaxadv import core
 from jaxadv.attacks import ATTACKS, FAB, fab, fab_t
-from jaxadv.attacks.minimum import to_hyperplane
+from jaxadv.attacks.fab import to_hyperplane
 from jaxadv.core import Targets
 from jaxadv.threats import l0, l1, l2, linf, union
 
@@ -186,7 +186,6 @@ def wavy_problem(k=4):
     return Partial(wavy, params), x, jnp.argmax(wavy(params, x), -1).astype(jnp.int32)
 
 
-@pytest.mark.slow
 def test_restarts_begin_elsewhere_and_find_nearer_points():
     model, x, y = wavy_problem()
     one, many = (go(fab(l2(1.0), steps=20, restarts=n, early=False), model, x, y) for n in (1, 5))
@@ -233,7 +232,6 @@ def test_a_thousand_classes():
     assert (np.asarray(targeted.size) >= want - 1e-5).all()
 
 
-@pytest.mark.slow
 def test_dead_gradients_and_nan_are_flagged_and_wrong_rows_come_back_unchanged():
     model, x, y, w = problem(b=8)
     wrong = y.copy()
