@@ -221,6 +221,7 @@ class Ball(Threat):
         return chosen / jnp.maximum(_sum(jnp.abs(chosen)), 1)
 
 
+@jax.custom_jvp
 def _shrinkage(size, room, eps):
     """Return the least `t` for which `clip(size - t, 0, room)` sums to no more than just short of `eps`.
 
@@ -259,6 +260,17 @@ def _shrinkage(size, room, eps):
     begin = (jnp.max(none).astype(jnp.int32), none, top, none, guess, whole | enough(none, top, none))
     high = lax.while_loop(lambda s: ~jnp.all(s[-1]) & (s[0] < 4 * _BISECTIONS), step, begin)[2]
     return jnp.where(whole, 0, high)
+
+
+@_shrinkage.defjvp
+def _shrinkage_jvp(given, moved):
+    """The derivative of the root: what the free features gain and the capped ones are given, shared by the free."""
+    size, room, _ = given
+    t = _shrinkage(*given)
+    free, capped = (size > t) & (size - t < room), (size - t >= room) & (room > 0)
+    gain = _sum(jnp.where(free, moved[0], 0) + jnp.where(capped, moved[1], 0)) - _INWARD * moved[2]
+    count = _sum(free.astype(size.dtype))
+    return t, jnp.where((t > 0) & (count > 0), gain / jnp.where(count > 0, count, 1), 0)
 
 
 def _share_within(size: Callable, eps):

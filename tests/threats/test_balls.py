@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -343,3 +344,16 @@ def test_many_projections_with_few_features_are_feasible_in_float64(make, n, eps
     found = np.asarray(jax.jit(threat.project)(point, x))
     assert core.feasible(threat, found, x).all()
     np.testing.assert_allclose(np.asarray(jax.jit(threat.project)(found, x)), found, atol=3e-7)
+
+
+@pytest.mark.parametrize("kind", ["linf", "l2", "l1"])
+def test_projections_can_be_differentiated(kind):
+    rng = np.random.default_rng(2)
+    with jax.enable_x64(True):
+        x, point = jnp.asarray(rng.uniform(0.2, 0.8, (3, 7))), jnp.asarray(rng.normal(size=(3, 7)))
+        weight, eps = jnp.asarray(rng.normal(size=(3, 7))), jnp.asarray([0.1, 0.7, 50.0])
+
+        def total(point, x, eps):
+            return jnp.sum(weight * build(kind, jnp.asarray(eps)).project(jnp.asarray(point), jnp.asarray(x)))
+
+        jax.test_util.check_grads(total, (point, x, eps), 1, modes=["fwd", "rev"], rtol=1e-6)
