@@ -168,7 +168,7 @@ def ours(path: str, nets, norms, seeds, n: int) -> None:
         arrays = np.load(weights_of(net))
         model = forward(arrays, net)
         rows, points = [], np.zeros_like(x)
-        for stage in ja.evaluate.PROTOCOLS["standard"](threat):
+        for stage in ja.evaluate.PROTOCOLS["standard"](threat.norm):
             report = ja.evaluate(jax.random.key(int(seed)), model, x, y, threat, attacks=(stage,))
             by = np.asarray(report.models[0].examples["by"])
             rows.append(by == -1)
