@@ -4,7 +4,12 @@
 a validation set with an attack that it is given; real evaluation is another room's work.
 """
 
+from collections.abc import Callable
+
+from jaxadv.core.types import Objective
 from jaxadv.train import recipes as recipes
+from jaxadv.train import regularized as regularized
+from jaxadv.train import starts as starts
 from jaxadv.train.augment import AUGMENTATIONS as AUGMENTATIONS
 from jaxadv.train.augment import chain as chain
 from jaxadv.train.augment import crop as crop
@@ -14,16 +19,22 @@ from jaxadv.train.checkpoint import Checkpoints as Checkpoints
 from jaxadv.train.driver import Collapse as Collapse
 from jaxadv.train.driver import Interrupted as Interrupted
 from jaxadv.train.driver import fit as fit
-from jaxadv.train.objectives import OBJECTIVES as OBJECTIVES
+from jaxadv.train.objectives import Adversarial as Adversarial
+from jaxadv.train.objectives import adversarial as adversarial
+from jaxadv.train.objectives import fgsm_at as fgsm_at
 from jaxadv.train.objectives import fgsm_rs as fgsm_rs
 from jaxadv.train.objectives import frozen as frozen
+from jaxadv.train.objectives import n_fgsm as n_fgsm
 from jaxadv.train.objectives import pgd_at as pgd_at
 from jaxadv.train.objectives import smoothed_cross_entropy as smoothed_cross_entropy
 from jaxadv.train.objectives import standard as standard
 from jaxadv.train.recipes import RECIPES as RECIPES
 from jaxadv.train.recipes import recipe as recipe
 from jaxadv.train.record import read_metrics as read_metrics
+from jaxadv.train.regularized import mart as mart
+from jaxadv.train.regularized import trades as trades
 from jaxadv.train.schedules import SCHEDULES as SCHEDULES
+from jaxadv.train.starts import started as started
 from jaxadv.train.trainer import Gradient as Gradient
 from jaxadv.train.trainer import TrainState as TrainState
 from jaxadv.train.trainer import accumulated as accumulated
@@ -31,3 +42,14 @@ from jaxadv.train.trainer import co_detector as co_detector
 from jaxadv.train.trainer import grad_fn as grad_fn
 from jaxadv.train.trainer import make_step as make_step
 from jaxadv.train.trainer import trained as trained
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "standard": standard,
+    "pgd_at": pgd_at,
+    "fgsm_at": fgsm_at,
+    "fgsm_rs": fgsm_rs,
+    "n_fgsm": n_fgsm,
+    "trades": trades,
+    "mart": mart,
+}
+"""Name to a function that builds the objective: of nothing (`standard`), of an attack (`pgd_at`), of a threat (others)."""

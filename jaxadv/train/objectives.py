@@ -1,15 +1,22 @@
 """What training minimizes: pure functions from parameters and a batch to one loss for each example.
 
-What lives here: `standard`, adversarial training (`pgd_at`) and its single-step wiring (`fgsm_rs`). What does not:
-optimizers, averages and devices (`trainer.py`), and the attacks themselves.
+What lives here: what all objectives share (`adversarial`), `standard`, adversarial training (`pgd_at`) and its
+single-step wirings (`fgsm_at`, `fgsm_rs`, `n_fgsm`). What does not: regularized losses (`regularized.py`), adversaries
+of the weights (`perturbed.py`), optimizers, averages and devices (`trainer.py`), and the attacks themselves.
 
 An objective is `(apply, params, state, batch, key) -> (losses [b], (state, metrics))`. It never averages over the
 batch: padding, devices and private training need the loss of each example. Its randomness belongs to examples: attacks
 get the step's key and the dataset index, so the iterates do not depend on the order of rows or on the number of
 devices.
+
+Published methods differ on few axes, and each axis is an argument of `adversarial`: where the search starts and what it
+maximizes (the attack and its guide), batch norm inside it, the loss at what it found, which passes move the running
+statistics. A method is one call. An adversarial objective has two halves, the search and the loss at its points, so
+that an adversary of the weights can move between them.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,9 +26,57 @@ from jax import lax
 
 from jaxadv import attacks, losses
 from jaxadv.core import Attack, Model, Objective, Threat, check, robust
+from jaxadv.train import starts
 
 ATTACK_BN = ("eval", "local")
 """Batch norm inside the attack: running statistics, or those of the batch without updating the running ones."""
+
+BN = ("train", "local", "eval")
+"""Batch norm of the training pass."""
+
+POINTS = {"clean": "x", "robust": "found"}
+"""The points at which a loss may ask for logits, and where a batch holds them: the examples, what the search found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversarial:
+    """An objective in two halves: `find` the points, then the `loss` at them. Calling it does both.
+
+    Attributes:
+      find: `(apply, params, state, batch, key) -> batch` with the points, held constant, as `found`.
+      loss: the objective on a batch that has `found`.
+    """
+
+    find: Callable
+    loss: Callable
+
+    def __call__(self, apply, params, state, batch, key):
+        """Search at these parameters, then return the losses at what was found."""
+        return self.loss(apply, params, state, self.find(apply, params, state, batch, key), key)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The settings of the search, by name."""
+        return getattr(self.find, "keywords", {})
+
+
+def halves(objective: Objective) -> tuple[Callable, Callable]:
+    """Part an objective into its search and its loss.
+
+    Args:
+      objective: any.
+
+    Returns:
+      (find, loss) as in `Adversarial`; where nothing is searched, `find` returns the batch as it is.
+    """
+    if isinstance(objective, Adversarial):
+        return objective.find, objective.loss
+    return _nothing, objective
+
+
+def _nothing(apply, params, state, batch, key):
+    del apply, params, state, key
+    return batch
 
 
 def frozen(apply, params, state, *, bn: str = "eval") -> Model:
@@ -60,30 +115,134 @@ def smoothed_cross_entropy(logits, y, smoothing: float):
     return (1 - smoothing) * plain - smoothing * jax.nn.log_softmax(logits, axis=-1).mean(-1)
 
 
-def _fit(apply, params, state, x, batch, key, bn: str, smoothing: float, metric: str):
-    """The loss and verdict of each row at the given points; `key` feeds dropout, anew in each part of a batch."""
-    noise = jax.random.fold_in(jax.random.fold_in(key, 1), batch["index"][0])
-    logits, state = apply(params, state, x, bn=bn, key=noise)
-    check.logits(logits, x.shape[0])
-    loss = smoothed_cross_entropy(logits, batch["y"], smoothing)
-    return loss, (state, {metric: robust(logits, batch["y"]).astype(jnp.float32)})
+def labels(model, batch):
+    """Guide an attack by the true labels.
+
+    Args:
+      model: the frozen model.
+      batch: the batch.
+
+    Returns:
+      int `[b]`.
+    """
+    del model
+    return batch["y"]
 
 
-def _standard(apply, params, state, batch, key, *, bn, label_smoothing):
-    return _fit(apply, params, state, batch["x"], batch, key, bn, label_smoothing, "clean")
+def clean_logits(model, batch):
+    """Guide an attack by the logits at the clean examples, for losses that compare two predictions.
+
+    Args:
+      model: the frozen model.
+      batch: the batch.
+
+    Returns:
+      `[b, k]`, computed once for all steps.
+    """
+    return lax.stop_gradient(model(batch["x"]))
 
 
-def _pgd_at(apply, params, state, batch, key, *, attack, growth, bn_attack, bn, label_smoothing):
+def _find(apply, params, state, batch, key, *, attack, guide, growth, bn_attack):
+    """The batch, and what an attack on the frozen model finds from it."""
     model = frozen(apply, params, state, bn=bn_attack)
     if growth is not None:
         attack = attacks.scaled(attack, growth(batch["step"]))
-    x = lax.stop_gradient(attack.run(key, model, batch["x"], batch["y"], index=batch["index"]).x)
-    return _fit(apply, params, state, x, batch, key, bn, label_smoothing, "robust")
+    result = attack.run(key, model, batch["x"], guide(model, batch), index=batch["index"])
+    return batch | {"found": lax.stop_gradient(result.x)}
 
 
-def _smoothing(value: float) -> None:
+def _loss(apply, params, state, batch, key, *, loss, points, running, bn):
+    """Logits at the points, in the order of the passes that move running statistics, and the loss of each row.
+
+    The key feeds dropout, anew for each point and in each part of a batch.
+    """
+    logits = {}
+    for name in (*running, *(p for p in points if p not in running)):
+        noise = jax.random.fold_in(jax.random.fold_in(key, 1 + points.index(name)), batch["index"][0])
+        mode = bn if name in running or bn == "eval" else "local"
+        logits[name], state = apply(params, state, batch[POINTS[name]], bn=mode, key=noise)
+        check.logits(logits[name], batch["x"].shape[0])
+    metrics = {name: robust(z, batch["y"]).astype(jnp.float32) for name, z in logits.items()}
+    return loss(logits, batch["y"]), (state, metrics)
+
+
+def _cross_entropy(logits, y, *, point, smoothing):
+    return smoothed_cross_entropy(logits[point], y, smoothing)
+
+
+def check_smoothing(value: float) -> float:
+    """Refuse a label smoothing that is none.
+
+    Args:
+      value: weight of the uniform distribution.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: if it is outside [0, 1).
+    """
     if not 0 <= value < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1); got {value}. 0.1 is usual, 0 switches it off.")
+    return value
+
+
+def adversarial(
+    attack: Attack,
+    loss: Callable,
+    *,
+    points: Sequence[str] = ("clean", "robust"),
+    running: Sequence[str] | None = None,
+    guide: Callable = labels,
+    growth: Callable | None = None,
+    bn_attack: str = "eval",
+    bn: str = "train",
+) -> Adversarial:
+    """Build an objective from its axes: an attack, what guides it, and a loss of the logits at both points.
+
+    Args:
+      attack: finds the points; it sees frozen parameters.
+      loss: `(logits, y) -> [b]`, `logits` a dict from the names in `points` to `[b, k]`.
+      points: where the loss asks for logits: `'clean'` examples, the `'robust'` ones that the attack found.
+      running: the passes that move the running statistics, in order; a name may come twice (the second pass computes
+        the same logits, which a compiler does once). None is each of `points` once. The others use the statistics of
+        the batch without updating.
+      guide: `(model, batch) -> y`, what the attack's loss gets beside the logits: `labels`, `clean_logits`, ...
+      growth: number of the step (int `[b]`) to the share of budget and step size that the attack has there, above 0;
+        `schedules.growth` rises linearly to 1. None attacks with the whole budget from the first step.
+      bn_attack: batch norm inside the attack: `'eval'` (running statistics, as TRADES does) or `'local'` (statistics of
+        the batch, as Madry's, Wong's and Rice's codes; they also update the running statistics at every attack step,
+        which is an artifact and not offered: the attack's gradients do not depend on it).
+      bn: batch norm of the training passes.
+
+    Returns:
+      The objective; metrics: for each point, whether it is classified correctly.
+
+    Raises:
+      ValueError: on a mode or a point that does not exist.
+      TypeError: if `attack` cannot be run.
+    """
+    if not hasattr(attack, "run"):
+        raise TypeError(
+            f"attack must be an attack, built from a threat; got {type(attack).__name__}. "
+            "For example attacks.pgd(threats.linf(0.3))."
+        )
+    if bn_attack == "train":
+        raise ValueError(
+            "bn_attack must be 'eval' or 'local'; got 'train'. 'local' gives the same attack (statistics of the batch) "
+            "without changing the running statistics at every attack step."
+        )
+    check.choice("bn_attack", bn_attack, ATTACK_BN)
+    check.choice("bn", bn, BN)
+    points, running = tuple(points), tuple(points if running is None else running)
+    for name in points:
+        check.choice("point", name, POINTS)
+    for name in running:
+        check.choice("pass in running", name, points)
+    return Adversarial(
+        partial(_find, attack=attack, guide=guide, growth=growth, bn_attack=bn_attack),
+        partial(_loss, loss=loss, points=points, running=running, bn=bn),
+    )
 
 
 def standard(*, bn: str = "train", label_smoothing: float = 0.0) -> Objective:
@@ -99,19 +258,12 @@ def standard(*, bn: str = "train", label_smoothing: float = 0.0) -> Objective:
     Raises:
       ValueError: on a mode or a smoothing that does not exist.
     """
-    check.choice("bn", bn, ("train", "local", "eval"))
-    _smoothing(label_smoothing)
-    return partial(_standard, bn=bn, label_smoothing=label_smoothing)
+    check.choice("bn", bn, BN)
+    loss = partial(_cross_entropy, point="clean", smoothing=check_smoothing(label_smoothing))
+    return partial(_loss, loss=loss, points=("clean",), running=("clean",), bn=bn)
 
 
-def pgd_at(
-    attack: Attack,
-    *,
-    growth: Callable | None = None,
-    bn_attack: str = "eval",
-    bn: str = "train",
-    label_smoothing: float = 0.0,
-) -> Objective:
+def pgd_at(attack: Attack, *, label_smoothing: float = 0.0, **axes: Any) -> Adversarial:
     """Adversarial training: cross-entropy at the points that an attack finds.
 
     min over the parameters of E[max over the threat of CE(f(x'), y)]; the maximum is whatever `attack` returns, held
@@ -119,13 +271,8 @@ def pgd_at(
 
     Args:
       attack: finds the points; it sees frozen parameters.
-      growth: number of the step (int `[b]`) to the share of budget and step size that the attack has there, above 0;
-        `schedules.growth` rises linearly to 1. None attacks with the whole budget from the first step.
-      bn_attack: batch norm inside the attack: `'eval'` (running statistics, as TRADES does) or `'local'` (statistics of
-        the batch, as Madry's, Wong's and Rice's codes; they also update the running statistics at every attack step,
-        which is an artifact and not offered: the attack's gradients do not depend on it).
-      bn: batch norm of the training pass.
       label_smoothing: see `smoothed_cross_entropy`.
+      **axes: `growth`, `bn_attack` (default `'eval'`), `bn`: see `adversarial`.
 
     Returns:
       The objective; metric `robust`, whether the attacked example is classified correctly.
@@ -137,32 +284,40 @@ def pgd_at(
     References:
       Madry et al. 2018, Towards deep learning models resistant to adversarial attacks, arXiv:1706.06083, eq. 2.1.
     """
-    if not hasattr(attack, "run"):
-        raise TypeError(
-            f"attack must be an attack, built from a threat; got {type(attack).__name__}. "
-            "For example attacks.pgd(threats.linf(0.3))."
-        )
-    if bn_attack == "train":
-        raise ValueError(
-            "bn_attack must be 'eval' or 'local'; got 'train'. 'local' gives the same attack (statistics of the batch) "
-            "without changing the running statistics at every attack step."
-        )
-    check.choice("bn_attack", bn_attack, ATTACK_BN)
-    check.choice("bn", bn, ("train", "local", "eval"))
-    _smoothing(label_smoothing)
-    return partial(_pgd_at, attack=attack, growth=growth, bn_attack=bn_attack, bn=bn, label_smoothing=label_smoothing)
+    loss = partial(_cross_entropy, point="robust", smoothing=check_smoothing(label_smoothing))
+    return adversarial(attack, loss, points=("robust",), **axes)
+
+
+def fgsm_at(threat: Threat, *, alpha: Any = None, bn_attack: str = "local", **axes: Any) -> Adversarial:
+    """Adversarial training with the fast gradient sign method: one step of length `alpha` from the example itself.
+
+    The cheapest of all, and the one that collapses: beyond small budgets the network learns to spoil the one gradient
+    that it is attacked with (catastrophic overfitting), unless something holds it back, such as the noise of
+    `n_fgsm`.
+
+    Args:
+      threat: linf, with its budget.
+      alpha: step length in units of `x`; None is eps.
+      bn_attack: see `adversarial`.
+      **axes: further arguments of `pgd_at`.
+
+    Returns:
+      The objective; metric `robust`.
+
+    Raises:
+      ValueError: if `alpha` is not positive.
+
+    References:
+      Goodfellow et al. 2015, Explaining and harnessing adversarial examples, arXiv:1412.6572, section 6 (there half of
+      the loss is that of the clean examples).
+    """
+    attack = attacks.fgsm(threat, step_size=_length(alpha, threat.eps, "eps"), keep="last", name="fgsm_at")
+    return pgd_at(attack, bn_attack=bn_attack, **axes)
 
 
 def fgsm_rs(
-    threat: Threat,
-    *,
-    alpha: Any = None,
-    start: str = "random",
-    growth: Callable | None = None,
-    bn_attack: str = "local",
-    bn: str = "train",
-    label_smoothing: float = 0.0,
-) -> Objective:
+    threat: Threat, *, alpha: Any = None, start: str = "random", bn_attack: str = "local", **axes: Any
+) -> Adversarial:
     """Fast adversarial training: one signed step of length `alpha` from a uniform random start.
 
     δ0 ~ U(-eps, eps), by default clipped to the bounds; δ = Π(δ0 + α sign ∇CE(f(x + δ0))); a wiring of `pgd_at`.
@@ -173,10 +328,8 @@ def fgsm_rs(
         budgets.
       start: `'random'` within the bounds, as in the authors' CIFAR-10 code, or `'unclipped'`, as in their MNIST code.
         Where many features stand at a bound (the black of MNIST) that decides between robust and not at all.
-      growth: see `pgd_at`.
-      bn_attack: see `pgd_at`; published with statistics of the batch.
-      bn: batch norm of the training pass.
-      label_smoothing: see `smoothed_cross_entropy`.
+      bn_attack: see `adversarial`; published with statistics of the batch.
+      **axes: further arguments of `pgd_at`.
 
     Returns:
       The objective; metric `robust`.
@@ -188,12 +341,64 @@ def fgsm_rs(
       Wong, Rice and Kolter 2020, Fast is better than free: revisiting adversarial training, arXiv:2001.03994, algorithm
       3.
     """
-    alpha = 1.25 * threat.eps if alpha is None else alpha
-    check.positive("alpha", alpha, "None stands for 1.25 eps.")
+    alpha = _length(alpha, 1.25 * threat.eps, "1.25 eps")
     check.choice("start", start, ("random", "unclipped"))
     attack = attacks.fgsm(threat, start=start, step_size=alpha, keep="last", name="fgsm_rs")
-    return pgd_at(attack, growth=growth, bn_attack=bn_attack, bn=bn, label_smoothing=label_smoothing)
+    return pgd_at(attack, bn_attack=bn_attack, **axes)
 
 
-OBJECTIVES = {"standard": standard, "pgd_at": pgd_at, "fgsm_rs": fgsm_rs}
-"""Name to a function that builds the objective from its settings."""
+def n_fgsm(
+    threat: Threat,
+    *,
+    noise: float = 2.0,
+    alpha: Any = None,
+    clip: float | None = None,
+    bn_attack: str = "local",
+    **axes: Any,
+) -> Adversarial:
+    """Noise-FGSM: one step of length `alpha` from strong noise, not projected back to the budget.
+
+    η ~ U(-k eps, k eps), clipped to the bounds; δ = η + α sign ∇CE(f(x + η)), clipped to the bounds alone. So a change
+    may be as large as `k eps + α`.
+
+    | `noise` | `clip` | `alpha` | is |
+    | --- | --- | --- | --- |
+    | 2 | None | eps | N-FGSM |
+    | 1 | 1 | 1.25 eps | `fgsm_rs` |
+    | 0 | 1 or None | eps | `fgsm_at` |
+
+    Args:
+      threat: linf, with its budget.
+      noise: the factor k of the noise, at least 0. At large budgets 3 holds where 2 collapses.
+      alpha: step length in units of `x`; None is eps.
+      clip: project to this many budgets after the step; None does not project.
+      bn_attack: see `adversarial`; published with statistics of the batch.
+      **axes: further arguments of `pgd_at`.
+
+    Returns:
+      The objective; metric `robust`.
+
+    Raises:
+      ValueError: if `alpha` or `clip` is not positive, or `noise` is negative.
+
+    References:
+      de Jorge et al. 2022, Make some noise: reliable and efficient single-step adversarial training, arXiv:2202.01181,
+      algorithm 1. The authors' code scales budget and bounds by the standard deviation of the data; here the network
+      normalizes.
+    """
+    alpha = _length(alpha, threat.eps, "eps")
+    if clip is not None:
+        check.positive("clip", clip, "None does not project.")
+    if noise:
+        check.positive("noise", noise, "0 starts at the example.")
+    reach = noise + alpha / threat.eps if clip is None else clip  # a ball so wide that it never binds
+    wide = dataclasses.replace(threat, eps=reach * threat.eps)  # pyright: ignore[reportArgumentType]
+    attack = attacks.fgsm(wide, step_size=alpha, keep="last", name="n_fgsm")
+    return pgd_at(starts.started(attack, starts.uniform(noise / reach)), bn_attack=bn_attack, **axes)
+
+
+def _length(alpha: Any, default: Any, words: str) -> Any:
+    """The step length, or its default."""
+    alpha = default if alpha is None else alpha
+    check.positive("alpha", alpha, f"None stands for {words}.")
+    return alpha

@@ -1,5 +1,7 @@
 """Objectives against closed forms on a linear model, and against a few lines of plain jax."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,8 +153,64 @@ def test_randomness_of_an_example_does_not_depend_on_its_place(kit, key):
 
 
 def test_every_objective_is_there_by_name():
-    assert sorted(train.OBJECTIVES) == ["fgsm_rs", "pgd_at", "standard"]
+    assert {"standard", "pgd_at", "fgsm_at", "fgsm_rs", "n_fgsm"} <= set(train.OBJECTIVES)
     assert all(train.OBJECTIVES[name] is getattr(train, name) for name in train.OBJECTIVES)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_n_fgsm_without_noise_is_fgsm(kit, key, clip):
+    net, batch = kit.mlp(), pictures(kit)
+    plain = train.fgsm_at(threats.linf(0.1)).find(net.apply, net.params, net.state, batch, key)["found"]
+    noisy = train.n_fgsm(threats.linf(0.1), noise=0.0, clip=clip)
+    np.testing.assert_array_equal(noisy.find(net.apply, net.params, net.state, batch, key)["found"], plain)
+    x = batch["x"]
+    slope = jax.grad(lambda z: losses.cross_entropy(net.apply(net.params, net.state, z)[0], batch["y"]).sum())(x)
+    np.testing.assert_allclose(plain, jnp.clip(x + 0.1 * jnp.sign(slope), 0, 1), atol=1e-7)
+
+
+def test_n_fgsm_with_the_settings_of_fgsm_rs_is_fgsm_rs_to_the_bit(kit, key):
+    net, batch, threat = kit.mlp(), pictures(kit), threats.linf(0.2)
+    rs, n = train.fgsm_rs(threat), train.n_fgsm(threat, noise=1.0, alpha=1.25 * 0.2, clip=1.0)
+    attack = n.keywords["attack"]
+    same_keys = dataclasses.replace(attack, attack=dataclasses.replace(attack.attack, name="fgsm_rs"))
+    one = rs(net.apply, net.params, net.state, batch, key)
+    two = train.pgd_at(same_keys, bn_attack="local")(net.apply, net.params, net.state, batch, key)
+    assert kit.same_bits(one, two)
+
+
+def test_the_points_of_n_fgsm_go_beyond_the_budget_and_not_beyond_the_bounds(kit, key):
+    net, eps = kit.linear(features=500), 0.1
+    batch = kit.rows(features=500)
+    objective = train.n_fgsm(threats.linf(eps, (-1.0, 1.0)), noise=2.0)
+    point = objective.find(net.apply, net.params, net.state, batch, key)["found"]
+    assert float(jnp.abs(point).max()) <= 1
+    move = np.asarray(point - batch["x"])
+    free = np.abs(np.asarray(batch["x"])) < 1 - 3 * eps
+    assert np.abs(move).max() <= 3 * eps + 1e-6 and np.abs(move[free]).max() > 2.9 * eps
+    # E delta^2 = (2 eps)^2 / 3 + eps^2, noise and step being independent on a linear model
+    np.testing.assert_allclose(np.mean(move[free] ** 2), (4 / 3 + 1) * eps**2, rtol=0.05)
+    clipped = train.n_fgsm(threats.linf(eps, (-1.0, 1.0)), clip=2.0)
+    found = clipped.find(net.apply, net.params, net.state, batch, key)["found"]
+    np.testing.assert_allclose(np.abs(found - batch["x"]).max(), 2 * eps, atol=1e-6)
+
+
+def test_an_objective_can_be_parted_into_its_search_and_its_loss(kit, key):
+    net, batch = kit.mlp(), pictures(kit)
+    for objective in (train.standard(), train.fgsm_rs(threats.linf(0.1))):
+        find, loss = train.objectives.halves(objective)
+        found = find(net.apply, net.params, net.state, batch, key)
+        parts = loss(net.apply, net.params, net.state, found, key)
+        assert kit.same_bits(parts, objective(net.apply, net.params, net.state, batch, key))
+        assert ("found" in found) == isinstance(objective, train.Adversarial)
+    # an attack that is guided by the label and one that is guided by the clean prediction
+    model = train.frozen(net.apply, net.params, net.state)
+    assert train.objectives.labels(model, batch) is batch["y"]
+    np.testing.assert_array_equal(train.objectives.clean_logits(model, batch), model(batch["x"]))
+
+
+def pictures(kit):
+    x = np.random.default_rng(0).uniform(0, 1, (8, 4, 4, 1))
+    return dict(kit.rows(), x=jnp.asarray(x, jnp.float32))
 
 
 @pytest.mark.parametrize(
@@ -161,6 +219,10 @@ def test_every_objective_is_there_by_name():
         (lambda: train.standard(label_smoothing=1.0), "label_smoothing must lie in"),
         (lambda: train.standard(bn="global"), "unknown bn 'global'"),
         (lambda: train.fgsm_rs(threats.linf(0.1), alpha=0.0), "alpha must be finite and greater than 0"),
+        (lambda: train.n_fgsm(threats.linf(0.1), noise=-1.0), "noise must be"),
+        (lambda: train.n_fgsm(threats.linf(0.1), clip=0.0), "clip must be"),
+        (lambda: train.fgsm_at(threats.linf(0.1), alpha=0.0), "alpha must be"),
+        (lambda: train.objectives.check_smoothing(-0.1), "label_smoothing must lie in"),
         (lambda: train.pgd_at(attacks.pgd(threats.linf(0.1)), bn_attack="train"), "'local' gives the same attack"),
         (lambda: train.pgd_at(attacks.pgd(threats.linf(0.1)), bn_attack="locl"), "Did you mean 'local'"),
     ],

@@ -1,0 +1,170 @@
+"""Store losses and gradients of the authors' codes of TRADES, MART, AWP and N-FGSM, for the parity test of objectives.
+
+Needs torch; jaxadv is not imported. The codes are read from checkouts of yaodongyu/TRADES, YisenWang/MART,
+csdongxian/AWP and pdejorge/N-FGSM and run as they are, on the CPU, in float64, on a small network with batch norm whose
+weights are written down here. The random starts are stored, so that the search can be repeated. N-FGSM is no function
+there: the lines of its training loop are cut out of the file.
+
+Usage: python benchmarks/parity/objectives.py FOLDER tests/fixtures/objectives_torch.npz
+(FOLDER holds the checkouts TRADES, MART, AWP, N-FGSM)
+"""
+
+import copy
+import importlib.util
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+EPS, STEP_SIZE, STEPS, BETA, WEIGHT, GAMMA = 0.1, 0.02, 5, 6.0, 5.0, {"at": 0.01, "trades": 0.005}
+FEATURES, HIDDEN, CLASSES, ROWS = 12, 10, 4, 9
+
+
+class Network(torch.nn.Module):
+    """Linear, batch norm, tanh, linear: smooth, so that equal formulas give equal numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(FEATURES, HIDDEN)
+        self.norm = torch.nn.BatchNorm1d(HIDDEN)
+        self.last = torch.nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x):
+        """Logits of rows or of images."""
+        return self.last(torch.tanh(self.norm(self.first(x.flatten(1)))))
+
+
+def load(path: Path, name: str):
+    """Import one file."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def noise(seed: int, draw, *shape) -> np.ndarray:
+    """What the next call of a drawing function will return."""
+    torch.manual_seed(seed)
+    return draw(*shape).numpy()
+
+
+def take(stored: dict, name: str, net: Network, loss) -> None:
+    """Keep a loss, its gradient, and the statistics after the passes."""
+    net.zero_grad()
+    loss.backward()
+    stored[f"{name}/loss"] = loss.item()
+    for key, value in net.named_parameters():
+        stored[f"{name}/grad/{key}"] = value.grad.numpy().copy()
+    for key in ("running_mean", "running_var"):
+        stored[f"{name}/after/{key}"] = getattr(net.norm, key).numpy().copy()
+
+
+def watched(net):
+    """Remember what a network is fed in train mode."""
+    seen = []
+    net.register_forward_pre_hook(lambda net, given: seen.append(given[0].detach().clone()) if net.training else None)
+    return seen
+
+
+def cut(path: Path, first: str, last: str) -> str:
+    """The lines of a file from one that begins with `first` up to one that begins with `last`, dedented."""
+    lines = path.read_text().split("\n")
+    begin = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
+    end = next(i for i in range(begin, len(lines)) if lines[i].strip().startswith(last))
+    return textwrap.dedent("\n".join(lines[begin : end + 1]))
+
+
+def main(folder: Path, path: str) -> None:
+    """Run everything and write the file."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.cuda = lambda self, *_: self  # the codes ask for a GPU
+    torch.manual_seed(0)
+    net = Network()
+    with torch.no_grad():
+        for value in net.parameters():
+            value.copy_(torch.randn(value.shape) * 0.6)
+        net.norm.running_mean.copy_(torch.randn(HIDDEN) * 0.3)
+        net.norm.running_var.copy_(0.5 + torch.rand(HIDDEN))
+    x, y = torch.rand(ROWS, FEATURES), torch.randint(CLASSES, (ROWS,))
+    stored = {f"w.{key}": value.numpy().copy() for key, value in net.state_dict().items() if value.is_floating_point()}
+    stored |= {"x": x.numpy(), "y": y.numpy().astype(np.int32)}
+    optimizer = SimpleNamespace(zero_grad=lambda: None)
+    settings = {"step_size": STEP_SIZE, "epsilon": EPS, "perturb_steps": STEPS}
+
+    for name, file, beta in (("trades", "TRADES/trades.py", BETA), ("mart", "MART/mart.py", WEIGHT)):
+        own = copy.deepcopy(net)
+        code, seen = load(folder / file, name), watched(own)
+        stored[f"{name}/noise"] = noise(1, torch.randn, *x.shape)
+        torch.manual_seed(1)
+        loss = getattr(code, f"{name}_loss")(own, x, y, optimizer, beta=beta, **settings)
+        stored[f"{name}/found"] = seen[1].numpy()
+        take(stored, name, own, loss)
+
+    found = torch.tensor(stored["trades/found"])
+    for name, file, kind in (
+        ("at", "AT_AWP/utils_awp.py", "AdvWeightPerturb"),
+        ("trades", "trades_AWP/utils_awp.py", "TradesAWP"),
+    ):
+        own, proxy = copy.deepcopy(net), copy.deepcopy(net)
+        code = load(folder / "AWP" / file, f"awp_{name}")
+        steps = torch.optim.SGD(proxy.parameters(), lr=0.01)
+        adversary = getattr(code, kind)(model=own, proxy=proxy, proxy_optim=steps, gamma=GAMMA[name])
+        own.train()
+        given = {"inputs_adv": found, "targets": y}
+        if name == "trades":
+            given |= {"inputs_clean": x, "beta": BETA}
+        adversary.perturb(adversary.calc_awp(**given))
+        for key, value in own.named_parameters():
+            stored[f"awp_{name}/moved/{key}"] = value.detach().numpy().copy()
+        robust = own(found)
+        loss = functional.cross_entropy(robust, y)
+        if name == "trades":
+            gap = functional.kl_div(
+                functional.log_softmax(robust, 1), functional.softmax(own(x), 1), reduction="batchmean"
+            )
+            loss = functional.cross_entropy(own(x), y) + BETA * gap
+        take(stored, f"awp_{name}", own, loss)
+
+    images = x.reshape(ROWS, 1, 3, 4)
+    limits = SimpleNamespace(
+        clamp=lambda value, low, high: torch.max(torch.min(value, high), low),
+        lower_limit=torch.zeros(1, 1, 1),
+        upper_limit=torch.ones(1, 1, 1),
+    )
+    for name, unif, clip, alpha in (("n_fgsm", 2.0, -1, EPS), ("n_fgsm_clip", 1.0, 1, 1.25 * EPS)):
+        own = copy.deepcopy(net).train()
+        radius = torch.full((1, 1, 1), EPS)
+        scope = {
+            "torch": torch, "F": functional, "X": images, "y": y, "model": own, "attack_utils": limits,
+            "epsilon": radius, "alpha": torch.full((1, 1, 1), alpha), "clip": clip * radius,
+            "args": SimpleNamespace(unif=unif, clip=clip),
+        }  # fmt: skip
+        stored[f"{name}/noise"] = noise(
+            2, lambda *s, u=unif: torch.empty(*s).uniform_(-u * EPS, u * EPS), *images.shape
+        )
+        torch.manual_seed(2)
+        lines = cut(folder / "N-FGSM/train.py", "# Initialize random step", "output = model(X + delta)")
+        exec(compile(lines, "N-FGSM/train.py", "exec"), scope)
+        stored[f"{name}/found"] = (images + scope["delta"]).reshape(ROWS, -1).numpy()
+        take(stored, name, own, functional.cross_entropy(scope["output"], y))
+
+    stored = {
+        key: np.asarray(
+            value, np.float32 if np.asarray(value).dtype == np.float64 and not key.endswith("loss") else None
+        )
+        for key, value in stored.items()
+    }
+    np.savez_compressed(
+        path, eps=EPS, step_size=STEP_SIZE, steps=STEPS, beta=BETA, weight=WEIGHT, gamma_at=GAMMA["at"],
+        gamma_trades=GAMMA["trades"], **stored,
+    )  # fmt: skip
+    told = {key.split("/")[0]: float(value) for key, value in stored.items() if key.endswith("/loss")}
+    print(f"{path}: {Path(path).stat().st_size} bytes, losses {told}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,94 @@
+"""Loss, gradient, attacked points and running statistics of the authors' codes, on the same weights, batch and noise.
+
+The fixture is made by benchmarks/parity/objectives.py in PyTorch and float64; ours is float32.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxadv import attacks, losses, threats, train
+from jaxadv.core import Trainable
+
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "objectives_torch.npz"
+
+
+@pytest.fixture(scope="module")
+def official():
+    with np.load(FIXTURE) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def apply(params, state, x, *, bn="eval", key=None, mask=None, axis_name=None):
+    """Linear, batch norm, tanh, linear; running statistics as PyTorch moves them."""
+    params = {name: value if value.ndim > 1 else value[None] for name, value in params.items()}
+    h = x @ params["first.weight"].T + params["first.bias"]
+    mean, var = state["running_mean"][None], state["running_var"][None]
+    if bn != "eval":
+        mean, var = h.mean(0, keepdims=True), h.var(0, keepdims=True)
+    if bn == "train":
+        n = len(x)
+        state = {
+            "running_mean": 0.9 * state["running_mean"] + 0.1 * mean[0],
+            "running_var": 0.9 * state["running_var"] + 0.1 * var[0] * n / (n - 1),
+        }
+    h = (h - mean) / jnp.sqrt(var + 1e-5) * params["norm.weight"] + params["norm.bias"]
+    return jnp.tanh(h) @ params["last.weight"].T + params["last.bias"], state
+
+
+def network(official):
+    weights = {name[2:]: jnp.asarray(value) for name, value in official.items() if name.startswith("w.")}
+    state = {name: weights.pop(f"norm.{name}") for name in ("running_mean", "running_var")}
+    return Trainable(apply, weights, state)
+
+
+def rows(official):
+    n = len(official["y"])
+    names = {"x": official["x"], "y": official["y"], "index": np.arange(n, dtype=np.int32), "mask": np.ones(n, bool)}
+    return {name: jnp.asarray(value) for name, value in names.items()}
+
+
+def same(official, name, got, n, *, statistics=True):
+    """Relative error at most 1e-4 of the loss and of each gradient, in the norm of its tensor."""
+    np.testing.assert_allclose(got.sums["loss"] / n, official[f"{name}/loss"], rtol=1e-5)
+    for leaf, value in got.total.items():
+        want = official[f"{name}/grad/{leaf}"]
+        error = np.linalg.norm(np.asarray(value) / n - want)
+        assert error <= 1e-4 * np.linalg.norm(want) + 1e-6, leaf  # batch norm cancels the first bias
+    for leaf, value in got.state.items() if statistics else ():
+        np.testing.assert_allclose(value, official[f"{name}/after/{leaf}"], rtol=1e-4, atol=1e-6)
+
+
+def search(official, name, **settings):
+    """The authors' search: their noise, their step, their number of steps."""
+    step = {"steps": int(official["steps"]), "step_size": float(official["step_size"]), "keep": "last"}
+    attack = attacks.pgd(threats.linf(float(official["eps"])), start="zero", **step, **settings)
+    return train.started(attack, lambda threat, keys, x: x + 0.001 * official[f"{name}/noise"])
+
+
+def build(name, official):
+    threat = threats.linf(float(official["eps"]))
+    if name == "trades":
+        attack = search(official, name, loss=losses.minus_kl, criterion=losses.minus_kl)
+        return train.trades(threat, beta=float(official["beta"]), attack=attack)
+    if name == "mart":
+        return train.mart(threat, weight=float(official["weight"]), attack=search(official, name))
+    made = train.n_fgsm(threat) if name == "n_fgsm" else train.n_fgsm(threat, noise=1, clip=1, alpha=1.25 * threat.eps)
+    noise = official[f"{name}/noise"].reshape(official["x"].shape)
+    inner = made.keywords["attack"].attack
+    return train.pgd_at(
+        train.started(inner, lambda threat, keys, x: jnp.clip(x + noise, 0, 1)), bn_attack=made.keywords["bn_attack"]
+    )
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "n_fgsm", "n_fgsm_clip"])
+def test_the_authors_loss_and_gradient(official, key, name):
+    net, batch, objective = network(official), rows(official), build(name, official)
+    found = objective.find(net.apply, net.params, net.state, batch, key)["found"]
+    np.testing.assert_allclose(found, official[f"{name}/found"], atol=1e-6)
+    got = jax.jit(train.grad_fn(objective), static_argnums=0)(net.apply, net.params, net.state, batch, key)
+    # the code of N-FGSM also moves the running statistics during the attack, which we do not
+    same(official, name, got, len(official["y"]), statistics=not name.startswith("n_fgsm"))
