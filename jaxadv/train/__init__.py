@@ -7,6 +7,7 @@ a validation set with an attack that it is given; real evaluation is another roo
 from collections.abc import Callable
 
 from jaxadv.core.types import Objective
+from jaxadv.train import perturbed as perturbed
 from jaxadv.train import recipes as recipes
 from jaxadv.train import regularized as regularized
 from jaxadv.train import starts as starts
@@ -28,6 +29,7 @@ from jaxadv.train.objectives import n_fgsm as n_fgsm
 from jaxadv.train.objectives import pgd_at as pgd_at
 from jaxadv.train.objectives import smoothed_cross_entropy as smoothed_cross_entropy
 from jaxadv.train.objectives import standard as standard
+from jaxadv.train.perturbed import awp as awp
 from jaxadv.train.recipes import RECIPES as RECIPES
 from jaxadv.train.recipes import recipe as recipe
 from jaxadv.train.record import read_metrics as read_metrics
@@ -52,4 +54,4 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "trades": trades,
     "mart": mart,
 }
-"""Name to a function that builds the objective: of nothing (`standard`), of an attack (`pgd_at`), of a threat (others)."""
+"""Name to a function that builds it: of nothing (`standard`), of an attack (`pgd_at`), of a threat (all others)."""

@@ -105,11 +105,19 @@ def in_precision(apply: Callable, precision: str = "float32", bn_groups: int = 1
     return applied
 
 
-def _bind(apply: Callable, mask, axis_name) -> Callable:
+def bind(apply: Callable, mask, axis_name) -> Callable:
     """Tell batch norm about padding and shards, where it looks at the batch at all.
 
     Padding rows are normalized with the statistics of the others, so their logits are cut off from the gradient: else
     an attack that sums its loss over all rows would move real rows on behalf of padding.
+
+    Args:
+      apply: of a `Trainable`.
+      mask: bool `[b]`, False where a row is padding.
+      axis_name: the mapped axis of the executor, or None.
+
+    Returns:
+      `apply(params, state, x, *, bn, key)` as objectives call it.
     """
 
     def bound(params, state, x, *, bn="eval", key=None):
@@ -136,7 +144,7 @@ def grad_fn(objective: Objective) -> Callable[..., Gradient]:
     """
 
     def gradient(apply, params, state, batch, key, *, axis_name=None) -> Gradient:
-        bound, mask = _bind(apply, batch["mask"], axis_name), batch["mask"]
+        bound, mask = bind(apply, batch["mask"], axis_name), batch["mask"]
 
         def total(params):
             losses, (new, metrics) = objective(bound, params, state, batch, key)

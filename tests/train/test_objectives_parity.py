@@ -3,6 +3,7 @@
 The fixture is made by benchmarks/parity/objectives.py in PyTorch and float64; ours is float32.
 """
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -92,3 +93,24 @@ def test_the_authors_loss_and_gradient(official, key, name):
     got = jax.jit(train.grad_fn(objective), static_argnums=0)(net.apply, net.params, net.state, batch, key)
     # the code of N-FGSM also moves the running statistics during the attack, which we do not
     same(official, name, got, len(official["y"]), statistics=not name.startswith("n_fgsm"))
+
+
+@pytest.mark.parametrize("name", ["at", "trades"])
+def test_the_authors_adversary_of_the_weights(official, key, name):
+    """Their points for both, so that the weights and the gradient there are compared alone."""
+    net, batch = network(official), rows(official) | {"found": jnp.asarray(official["trades/found"])}
+    threat = threats.linf(float(official["eps"]))
+    passes = ("robust", "clean", "clean")  # their order here is not that of the code of TRADES
+    built = {
+        "at": train.pgd_at(attacks.fgsm(threat)),
+        "trades": train.trades(threat, beta=float(official["beta"]), running=passes),
+    }
+    gradient = train.awp(built[name].loss, gamma=float(official[f"gamma_{name}"]))
+    got = jax.jit(gradient, static_argnums=0)(net.apply, net.params, net.state, batch, key)
+    same(official, f"awp_{name}", got, len(official["y"]))
+
+    slope = jax.jit(partial(train.grad_fn(built[name].loss), net.apply))(net.params, net.state, batch, key).total
+    moves = train.perturbed.weight_perturbation(slope, net.params, float(official[f"gamma_{name}"]))
+    for leaf, move in moves.items():
+        want = official[f"awp_{name}/moved/{leaf}"]
+        np.testing.assert_allclose(net.params[leaf] + move, want, atol=2e-6, err_msg=leaf)
