@@ -11,8 +11,9 @@ lower by more than half a point, the extra broken examples are judged again in f
     python benchmarks/parity/autoattack.py official EXAMPLES.npz CHECKOUT
     python benchmarks/parity/autoattack.py ours EXAMPLES.npz
 
-`official` adds its verdicts to `tests/fixtures/autoattack_official.npz`: for each NET/NORM/SEED the array `[4, n]` of
-which examples were robust against APGD-CE, APGD-T, FAB-T and Square alone. Data: the folder that JAXADV_DATA names.
+Runs that are stored are not repeated. `official` adds its verdicts to `tests/fixtures/autoattack_official.npz`: for
+each NET/NORM/SEED the array `[4, n]` of which examples were robust against APGD-CE, APGD-T, FAB-T and Square alone.
+Data: the folder that JAXADV_DATA names.
 """
 
 import argparse
@@ -137,6 +138,8 @@ def official(path: str, checkout: str, nets, norms, seeds, n: int) -> None:
         y = torch.tensor(images[f"{net}/y"][:n].astype(np.int64))
         for norm in norms:
             for seed in seeds:
+                if done.get(f"{net}/{norm}/{seed}", np.zeros((0, 0))).shape[1] == n:
+                    continue  # done before
                 start = time.perf_counter()
                 suite = AutoAttack(model, norm=norm, eps=NETS[net][3][norm], seed=seed, verbose=False, device="cpu")
                 found = suite.run_standard_evaluation_individual(x, y, bs=n)
@@ -160,6 +163,9 @@ def ours(path: str, nets, norms, seeds, n: int) -> None:
     for name in done.files:
         net, norm, seed = name.split("/")
         if net not in nets or norm not in norms or int(seed) not in seeds or done[name].shape[1] != n:
+            continue
+        if name in record:
+            print(name, "was done before", flush=True)
             continue
         start = time.perf_counter()
         eps = NETS[net][3][norm]

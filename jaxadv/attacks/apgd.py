@@ -83,7 +83,8 @@ def plan(norm: str, steps: int, large_eps: bool = False) -> Plan:
             rows.append((False, factor, due, window, move > 0, factor == 1))
             if due:
                 window, since = max(window - shorter, least), 0
-    return Plan(*(np.asarray(column) for column in zip(*rows)))
+    kinds = (bool, np.int32, bool, np.int32, bool, bool)  # int32 whether or not float64 is enabled
+    return Plan(*(np.asarray(column, kind) for column, kind in zip(zip(*rows), kinds)))
 
 
 def largest_where(holds: Callable, top: Float[Array, " b"]) -> Float[Array, " b"]:
