@@ -50,7 +50,7 @@ def pictures(kit, n=8, padded=0):
 
 def test_the_gradient_is_the_one_at_the_moved_weights_with_the_points_of_the_old(kit, key):
     net, batch = kit.mlp("batch"), pictures(kit)
-    objective = train.trades(threats.linf(0.1), steps=2)
+    objective = train.trades(threats.l2(0.5), steps=2)
     got = jax.jit(partial(train.awp(objective, gamma=0.05), net.apply))(net.params, net.state, batch, key)
     found = jax.jit(partial(objective.find, net.apply))(net.params, net.state, batch, key)
     slope = jax.jit(partial(train.grad_fn(objective.loss), net.apply))
