@@ -23,6 +23,17 @@ from jaxadv.attacks.gradient import fgsm as fgsm
 from jaxadv.attacks.gradient import mi_fgsm as mi_fgsm
 from jaxadv.attacks.gradient import pgd as pgd
 from jaxadv.attacks.gradient import r_fgsm as r_fgsm
+from jaxadv.attacks.minimum import DDN as DDN
+from jaxadv.attacks.minimum import FMN as FMN
+from jaxadv.attacks.minimum import DeepFool as DeepFool
+from jaxadv.attacks.minimum import MinimumNorm as MinimumNorm
+from jaxadv.attacks.minimum import NewtonFool as NewtonFool
+from jaxadv.attacks.minimum import ddn as ddn
+from jaxadv.attacks.minimum import deepfool as deepfool
+from jaxadv.attacks.minimum import fmn as fmn
+from jaxadv.attacks.minimum import nearest as nearest
+from jaxadv.attacks.minimum import newtonfool as newtonfool
+from jaxadv.attacks.minimum import within as within
 from jaxadv.attacks.scale import scaled as scaled
 from jaxadv.core.run import best_of as best_of
 from jaxadv.core.types import Attack
@@ -39,5 +50,9 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "fab": fab,
     "fab_t": fab_t,
     "square": square,
+    "deepfool": deepfool,
+    "ddn": ddn,
+    "fmn": fmn,
+    "newtonfool": newtonfool,
 }
 """Attacks by name, each a function of a threat."""

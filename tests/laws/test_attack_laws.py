@@ -26,6 +26,8 @@ SHORT = {  # settings of the laws where they are not four steps; attacks that st
     "apgd_t": {"steps": 4, "targets": 2, "early": False},
     "fab": {"steps": 4, "early": False},
     "fab_t": {"steps": 4, "targets": 2, "early": False},
+    "deepfool": {"steps": 4, "early": False},
+    "newtonfool": {"steps": 4, "early": False},
 }
 DEAR = (
     "r_fgsm",
@@ -34,6 +36,9 @@ DEAR = (
     "apgd_dlr",
     "apgd_t",
     "fab_t",
+    "deepfool",
+    "fmn",
+    "newtonfool",
 )  # their kin stand for them in the default run where nothing of theirs differs
 
 
@@ -64,8 +69,12 @@ ROWS = [
 table = pytest.mark.parametrize(("attack", "threat"), ROWS)
 
 
-def test_every_attack_takes_the_cube_and_every_threat_has_an_attack():
-    assert {a for a, t in TABLE if t == "linf"} == set(ATTACKS)
+ROUND = {"ddn", "newtonfool"}  # attacks of the Euclidean norm alone
+
+
+def test_every_attack_takes_the_cube_or_a_ball_and_every_threat_has_an_attack():
+    assert {a for a, t in TABLE if t == "linf"} == set(ATTACKS) - ROUND
+    assert {t for a, t in TABLE if a in ROUND} == {"l2"}
     assert {t for _, t in TABLE} == set(ALL)
 
 
@@ -136,7 +145,9 @@ def spent(attack):
     jax.eval_shape(attack.result, state, model, x, y)
     after = len(calls) - before - each
     assert before <= 1  # a slot is cheap to fill
-    backward = {"square": 0, "fab": CLASSES - 1}.get(attack.name, 1)  # FAB: one for each wrong class
+    backward = {"square": 0, "fab": CLASSES - 1, "deepfool": CLASSES - 1}.get(
+        attack.name, 1
+    )  # one for each wrong class
     return before + each * attack.max_steps + after, backward * attack.max_steps
 
 
