@@ -185,14 +185,15 @@ def test_the_chain_refuses_what_an_attack_refuses():
 
 
 @pytest.mark.slow
-def test_verdicts_agree_with_the_official_code_example_by_example(data_root):
-    """Fixtures of `benchmarks/parity/autoattack.py`; 100 of the 1,000 examples that were run there."""
-    arrays, official = np.load(parity.weights_of("mnist_robust")), np.load(parity.OFFICIAL)
-    test = parity.examples("mnist_robust", 1000)
-    np.testing.assert_array_equal(test.index, arrays["mnist_robust/index"])
-    x, y = (part[:100] for part in test.all())
-    held = official["mnist_robust/Linf/0"].all(0)[:100]
-    report = evaluate(KEY, parity.forward(arrays, "mnist_robust"), x, y, threats.linf(0.3), index=test.index[:100])
+@pytest.mark.parametrize("cell", [name for name in np.load(parity.OFFICIAL).files if name.endswith("/0")])
+def test_verdicts_agree_with_the_official_code_example_by_example(cell, data_root):
+    """Fixtures of `benchmarks/parity/autoattack.py`; 40 of the 1,000 examples that were run there."""
+    net, norm, _ = cell.split("/")
+    arrays, official = np.load(parity.weights_of(net)), np.load(parity.OFFICIAL)
+    test = parity.examples(net, 1000)
+    np.testing.assert_array_equal(test.index, arrays[f"{net}/index"])
+    x, y = (part[:40] for part in test.all())
+    held, threat = official[cell].all(0)[:40], threats.THREATS[norm.lower()](parity.NETS[net][3][norm])
+    report = evaluate(KEY, parity.forward(arrays, net), x, y, threat, index=test.index[:40])
     ours = np.asarray(report.models[0].examples["by"]) == -1
-    assert held.sum() > 70 and (ours == held).mean() >= 0.98
-    assert ours.sum() <= held.sum() + 1
+    assert 5 < held.sum() < 40 and np.sum(ours != held) <= 2 and ours.sum() <= held.sum() + 1
