@@ -11,6 +11,7 @@ from jaxadv.train import perturbed as perturbed
 from jaxadv.train import recipes as recipes
 from jaxadv.train import regularized as regularized
 from jaxadv.train import starts as starts
+from jaxadv.train import terms as terms
 from jaxadv.train.augment import AUGMENTATIONS as AUGMENTATIONS
 from jaxadv.train.augment import chain as chain
 from jaxadv.train.augment import crop as crop
@@ -33,10 +34,17 @@ from jaxadv.train.perturbed import awp as awp
 from jaxadv.train.recipes import RECIPES as RECIPES
 from jaxadv.train.recipes import recipe as recipe
 from jaxadv.train.record import read_metrics as read_metrics
+from jaxadv.train.regularized import a3t as a3t
+from jaxadv.train.regularized import advlc as advlc
+from jaxadv.train.regularized import cost_sensitive as cost_sensitive
+from jaxadv.train.regularized import iat as iat
 from jaxadv.train.regularized import mart as mart
 from jaxadv.train.regularized import trades as trades
 from jaxadv.train.schedules import SCHEDULES as SCHEDULES
 from jaxadv.train.starts import started as started
+from jaxadv.train.terms import grad_align as grad_align
+from jaxadv.train.terms import masked as masked
+from jaxadv.train.terms import plus as plus
 from jaxadv.train.trainer import Gradient as Gradient
 from jaxadv.train.trainer import TrainState as TrainState
 from jaxadv.train.trainer import accumulated as accumulated
@@ -53,5 +61,11 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "n_fgsm": n_fgsm,
     "trades": trades,
     "mart": mart,
+    "a3t": a3t,
+    "grad_align": grad_align,
+    "iat": iat,
+    "advlc": advlc,
+    "cost_sensitive": cost_sensitive,
 }
-"""Name to a function that builds it: of nothing (`standard`), of an attack (`pgd_at`), of a threat (all others)."""
+"""Name to a function that builds the objective; its first argument is a threat, or an attack (`pgd_at`, `iat`, `advlc`,
+`cost_sensitive`), or nothing (`standard`)."""

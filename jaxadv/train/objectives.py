@@ -163,11 +163,11 @@ def _loss(apply, params, state, batch, key, *, loss, points, running, bn):
         logits[name], state = apply(params, state, batch[POINTS[name]], bn=mode, key=noise)
         check.logits(logits[name], batch["x"].shape[0])
     metrics = {name: robust(z, batch["y"]).astype(jnp.float32) for name, z in logits.items()}
-    return loss(logits, batch["y"]), (state, metrics)
+    return loss(logits, batch), (state, metrics)
 
 
-def _cross_entropy(logits, y, *, point, smoothing):
-    return smoothed_cross_entropy(logits[point], y, smoothing)
+def _cross_entropy(logits, batch, *, point, smoothing):
+    return smoothed_cross_entropy(logits[point], batch["y"], smoothing)
 
 
 def check_smoothing(value: float) -> float:
@@ -202,7 +202,7 @@ def adversarial(
 
     Args:
       attack: finds the points; it sees frozen parameters.
-      loss: `(logits, y) -> [b]`, `logits` a dict from the names in `points` to `[b, k]`.
+      loss: `(logits, batch) -> [b]`, `logits` a dict from the names in `points` to `[b, k]`.
       points: where the loss asks for logits: `'clean'` examples, the `'robust'` ones that the attack found.
       running: the passes that move the running statistics, in order; a name may come twice (the second pass computes
         the same logits, which a compiler does once). None is each of `points` once. The others use the statistics of

@@ -1,4 +1,4 @@
-"""TRADES, MART: closed forms on a linear model, finite differences in float64, reductions, the authors' code."""
+"""Regularized objectives: closed forms, numbers by hand, finite differences in float64, reductions."""
 
 from functools import partial
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxadv import attacks, losses, threats, train
+from jaxadv.core import example_keys
 from jaxadv.train import regularized, starts
 
 WIDE = (-10.0, 10.0)
@@ -151,6 +152,105 @@ def test_an_attack_that_is_started_elsewhere_is_otherwise_itself(kit, key):
     assert half.threat.eps == 0.05 and isinstance(half, starts.Started) and half.name == "pgd" and half.max_steps == 3
 
 
+def test_consistency_by_hand():
+    clean = jnp.asarray([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]])
+    robust = jnp.asarray([[1.5, 2.0], [0.0, 3.0], [9.0, 9.0]])
+    mask = jnp.asarray([True, True, False])  # the last row is padding, however much it changes
+    for top, want in [(1.0, [0.5, 4.0]), (0.5, [0.0, 4.0]), (0.25, [0.0, 3.0]), (0.1, [0.0, 0.0])]:
+        got = regularized.consistency(clean, robust, mask, top=top)
+        np.testing.assert_allclose(got[:2], want, err_msg=f"{top}")
+    np.testing.assert_array_equal(regularized.consistency(clean, clean, mask, top=0.5), 0)
+
+
+def test_costs_by_hand():
+    p = np.asarray([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    logits, y = jnp.log(jnp.asarray(p, jnp.float32)), jnp.asarray([0, 2], jnp.int32)
+    alike = regularized.cost_sensitive_loss(logits, y, 1 - np.eye(3), weight=2.0)
+    np.testing.assert_allclose(alike, [-np.log(0.5) + 2 * 0.5, -np.log(0.8) + 2 * 0.2], rtol=1e-5)
+    costs = np.asarray([[0, 4, 4], [4, 0, 1], [4, 1, 0]])
+    dear = regularized.cost_sensitive_loss(logits, y, costs, weight=2.0)
+    np.testing.assert_allclose(
+        dear, [-4 * np.log(0.5) + 2 * (4 * 0.3 + 4 * 0.2), -2.5 * np.log(0.8) + 2 * (4 * 0.1 + 0.1)], rtol=1e-5
+    )
+    plain = regularized.cost_sensitive_loss(logits, y, 1 - np.eye(3), weight=0.0)
+    np.testing.assert_allclose(plain, losses.cross_entropy(logits, y), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", regularized.A3T_MODES)
+def test_a3t_moves_the_margin_of_a_linear_model_by_the_dual_norm(kit, key, mode):
+    net, batch, eps = kit.linear(), kit.rows(32), 0.2
+    point = {}
+    builds = {
+        "a3t": train.a3t(threats.linf(eps, WIDE), mode=mode, steps=3, step_size=2 * eps),
+        "pgd": train.pgd_at(attacks.pgd(threats.linf(eps, WIDE), steps=3, step_size=2 * eps, keep="last", name="a3t")),
+    }
+    for name, objective in builds.items():
+        point[name] = objective.find(net.apply, net.params, net.state, batch, key)["found"]
+    w, y = np.asarray(net.params["w"]), np.asarray(batch["y"])
+    margin = lambda x: (2 * y - 1) * (np.asarray(x) @ w + float(net.params["b"]))  # noqa: E731
+    right, moved = margin(batch["x"]) > 0, margin(point["a3t"]) - margin(batch["x"])
+    assert 0 < right.sum() < 32
+    np.testing.assert_array_equal(point["a3t"][right], point["pgd"][right])
+    rise = 0.0 if mode == "clean" else eps * np.abs(w).sum()
+    np.testing.assert_allclose(moved[~right], rise, atol=1e-5)
+    np.testing.assert_allclose(moved[right], -eps * np.abs(w).sum(), atol=1e-5)
+    guide = {"label": jnp.asarray([0]), "sign": jnp.asarray([-1.0])}
+    z = jnp.asarray([[1.0, 2.0]])
+    np.testing.assert_allclose(regularized.directed(z, guide), losses.cross_entropy(z, guide["label"]))
+
+
+def test_interpolation_is_linear_in_the_labels_and_reduces_to_what_it_mixes(kit, key):
+    net, batch = kit.mlp(), pictures(kit)
+    search = attacks.pgd(threats.linf(0.1), steps=2, keep="last")
+    go = lambda objective: objective(net.apply, net.params, net.state, batch, key)[0]  # noqa: E731
+    np.testing.assert_allclose(go(train.iat(search, weight=0.0, alpha=0.0)), go(train.pgd_at(search)), rtol=1e-6)
+    half = go(train.iat(search, alpha=0.0))
+    np.testing.assert_allclose(half, (go(train.standard()) + go(train.pgd_at(search))) / 2, rtol=1e-6)
+
+    seen = []  # mixing by hand: what the network gets, and soft labels of the same shares
+
+    def spy(params, state, x, **settings):
+        out = net.apply(params, state, x, **settings)
+        if settings.get("bn") == "train":
+            seen.append((np.asarray(x), out[0]))
+        return out
+
+    mixed = train.iat(search, weight=1.0)
+    got = mixed(spy, net.params, net.state, batch, key)[0]
+    (x, logits), plain = seen[0], np.asarray(batch["x"])
+    partner = np.asarray(regularized.partners(_mixup_keys(key, 1, batch), batch["mask"]))
+    assert sorted(partner) == list(range(8)) and not np.any(partner == np.arange(8))
+    far = (plain - plain[partner]).reshape(8, -1)
+    share = ((x - plain[partner]).reshape(8, -1) * far).sum(-1) / (far**2).sum(-1)
+    assert np.all((share > 0) & (share < 1)) and np.ptp(share) > 0.2
+    np.testing.assert_allclose(x.reshape(8, -1), plain[partner].reshape(8, -1) + share[:, None] * far, atol=1e-6)
+    one = np.asarray(jax.nn.one_hot(batch["y"], 3))
+    soft = share[:, None] * one + (1 - share[:, None]) * one[partner]
+    np.testing.assert_allclose(got, -(soft * jax.nn.log_softmax(logits)).sum(-1), rtol=1e-5)
+
+
+def _mixup_keys(key, number, batch):
+    return example_keys(jax.random.fold_in(key, number), "mixup", batch["index"])
+
+
+def test_partners_form_one_cycle_whatever_the_order_and_the_padding(key):
+    keys = jax.random.split(key, 9)
+    whole = np.asarray(regularized.partners(keys, jnp.ones(9, bool)))
+    at, seen = 0, []
+    for _ in range(9):
+        seen.append(at)
+        at = whole[at]
+    assert sorted(seen) == list(range(9)) and at == 0
+    order = np.random.default_rng(0).permutation(9)
+    turned = np.asarray(regularized.partners(keys[order], jnp.ones(9, bool)))
+    np.testing.assert_array_equal(order[turned], whole[order])
+    mask = jnp.arange(9) < 6
+    padded = np.asarray(regularized.partners(keys, mask))
+    np.testing.assert_array_equal(padded[:6], regularized.partners(keys[:6], mask[:6]))
+    np.testing.assert_array_equal(padded[6:], [6, 7, 8])
+    assert np.asarray(regularized.partners(keys[:1], jnp.ones(1, bool))) == [0]
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -159,6 +259,11 @@ def test_an_attack_that_is_started_elsewhere_is_otherwise_itself(kit, key):
         (lambda t: train.trades(t, label_smoothing=1.0), "label_smoothing must lie in"),
         (lambda t: train.trades(t, running=("robustt",)), "Did you mean 'robust'"),
         (lambda t: train.trades(t, bn_attack="train"), "'local' gives the same attack"),
+        (lambda t: train.advlc(attacks.pgd(t), top=2.0), "top"),
+        (lambda t: train.iat(attacks.pgd(t), weight=1.5), "weight"),
+        (lambda t: train.iat(attacks.pgd(t), bn="global"), "unknown bn"),
+        (lambda t: train.a3t(t, mode="from"), "unknown mode"),
+        (lambda t: train.cost_sensitive(attacks.pgd(t), np.ones((3, 3))), "zero on the diagonal"),
         (lambda t: train.adversarial(attacks.pgd(t), losses.kl, points=("dirty",)), "unknown point 'dirty'"),
     ],
 )
