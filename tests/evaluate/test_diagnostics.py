@@ -280,3 +280,17 @@ def test_a_plain_function_and_an_attack_without_a_path_are_fine():
     assert found.flags == () and found.numbers["classes"] == {"classes": 10, "targets": 9}
     one = diagnose(KEY, Partial(net, params), x, y, LINF, n=20, which=["trajectory"], attack=lambda t: fgsm(t))
     assert one.numbers["trajectory"]["followed"] and diagnostics.CHECKS is CHECKS
+
+
+@pytest.mark.slow
+def test_unions_and_weights_of_numpy_are_diagnosed_like_any():
+    x, y = (np.asarray(part[:60]) for part in digits())
+    few = {"n": 20, "steps": 8, "queries": 20}
+    both = threats.union(LINF, threats.l2(0.6))
+    found = diagnose(KEY, Partial(net, jax.tree.map(np.asarray, trained())), x, y, both, **few)
+    again = diagnose(KEY, Partial(net, trained()), x, y, both, **few)
+    assert found.flags == () and set(found.numbers) == {"examples", *CHECKS}
+    for name in ("gradient", "steps", "strength"):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=0.02), found.numbers[name], again.numbers[name])
+    broken = Partial(cut_off, trained())
+    assert "zero_gradient" in {flag.name for flag in diagnose(KEY, broken, x, y, both, **few).flags}
