@@ -397,6 +397,14 @@ def partners(keys, mask):
     return order[jnp.where(place < count, (place + 1) % jnp.maximum(count, 1), place)]
 
 
+def _shares(keys, alpha: float):
+    """One draw of Beta(alpha, alpha) for each key; that with alpha 1 is uniform, and a beta is dear to compile."""
+    if not alpha:
+        return jnp.ones(keys.shape)
+    draw = jax.random.uniform if alpha == 1 else partial(jax.random.beta, a=alpha, b=alpha)
+    return jax.vmap(lambda k: draw(jax.random.fold_in(k, 1)))(keys)
+
+
 def _interpolated(apply, params, state, batch, key, *, weight, alpha, bn):
     total, metrics = 0.0, {}
     for number, (name, share) in enumerate({"clean": weight, "robust": 1 - weight}.items()):
@@ -404,9 +412,7 @@ def _interpolated(apply, params, state, batch, key, *, weight, alpha, bn):
             continue
         x, y, noise = batch[POINTS[name]], batch["y"], jax.random.fold_in(key, 1 + number)
         keys = example_keys(noise, "mixup", batch["index"])
-        own = jnp.ones(y.shape, x.dtype)
-        if alpha:
-            own = jax.vmap(lambda k: jax.random.beta(jax.random.fold_in(k, 1), alpha, alpha))(keys).astype(x.dtype)
+        own = _shares(keys, alpha).astype(x.dtype)
         with_ = partners(keys, batch["mask"])
         mixed = rows.wide(own, x) * x + rows.wide(1 - own, x) * x[with_]
         logits, state = apply(params, state, mixed, bn=bn, key=jax.random.fold_in(noise, batch["index"][0]))

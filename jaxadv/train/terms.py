@@ -110,7 +110,8 @@ def grad_align(threat: Threat, *, weight: float | None = None, bn_attack: str = 
 
     Args:
       threat: linf, with its budget.
-      weight: of the term; None is the authors' `0.02 * 10^(eps * 255 / 8)`: 0.2 at 8/255, 2 at 16/255.
+      weight: of the term; None is the authors' rule for CIFAR-10, `0.02 * 10^(eps * 255 / 8)`: 0.2 at 8/255, 2 at
+        16/255.
       bn_attack: batch norm of the attack and of the term.
       **axes: further arguments of `fgsm_at`.
 
@@ -118,12 +119,17 @@ def grad_align(threat: Threat, *, weight: float | None = None, bn_attack: str = 
       The objective; metrics `robust` and `misalignment`.
 
     Raises:
-      ValueError: if `weight` is negative.
+      ValueError: if `weight` is negative, or not given for a budget above 16/255.
 
     References:
       Andriushchenko and Flammarion 2020, arXiv:2007.02617; code tml-epfl/understanding-fast-adv-training. The authors
       take the gradient at `x` from the attack; here it is written twice and left to the compiler.
     """
+    if weight is None and not threat.eps <= 0.07:
+        raise ValueError(
+            f"weight must be given for budgets above 16/255, where the authors' rule ends; got eps {threat.eps}. "
+            "0.2 is usual at 8/255 on CIFAR-10."
+        )
     share = float(0.02 * 10 ** (threat.eps * 255 / 8)) if weight is None else weight
     base = fgsm_at(threat, bn_attack=bn_attack, **axes)
     return plus(base, alignment(threat, bn=bn_attack), share, name="misalignment")

@@ -229,6 +229,13 @@ def test_interpolation_is_linear_in_the_labels_and_reduces_to_what_it_mixes(kit,
     np.testing.assert_allclose(got, -(soft * jax.nn.log_softmax(logits)).sum(-1), rtol=1e-5)
 
 
+def test_shares_are_draws_of_the_beta_distribution(key):
+    keys = jax.random.split(key, 4000)
+    for alpha in (1.0, 0.4):
+        share = np.asarray(regularized._shares(keys, alpha))
+        np.testing.assert_allclose([share.mean(), share.var()], [0.5, 1 / (4 * (2 * alpha + 1))], atol=0.01)
+
+
 def _mixup_keys(key, number, batch):
     return example_keys(jax.random.fold_in(key, number), "mixup", batch["index"])
 

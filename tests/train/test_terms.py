@@ -174,6 +174,7 @@ def test_a_masked_pixel_has_no_influence_and_no_perturbation_that_counts(kit, ke
     ("build", "words"),
     [
         (lambda: train.plus(train.standard(), terms.jacobian(), -1.0), "weight must be"),
+        (lambda: train.grad_align(threats.linf(0.3)), "weight must be given"),
         (lambda: terms.jacobian(projections=0), "projections must be"),
         (lambda: terms.jacobian(bn="train"), "unknown bn"),
         (lambda: terms.alignment(threats.linf(0.1), bn="train"), "unknown bn"),
