@@ -35,6 +35,13 @@ from jaxadv.attacks.minimum import nearest as nearest
 from jaxadv.attacks.minimum import newtonfool as newtonfool
 from jaxadv.attacks.minimum import within as within
 from jaxadv.attacks.scale import scaled as scaled
+from jaxadv.attacks.tradeoff import EAD as EAD
+from jaxadv.attacks.tradeoff import LBFGS as LBFGS
+from jaxadv.attacks.tradeoff import Carlini as Carlini
+from jaxadv.attacks.tradeoff import Tradeoff as Tradeoff
+from jaxadv.attacks.tradeoff import carlini as carlini
+from jaxadv.attacks.tradeoff import ead as ead
+from jaxadv.attacks.tradeoff import lbfgs as lbfgs
 from jaxadv.core.run import best_of as best_of
 from jaxadv.core.types import Attack
 
@@ -54,5 +61,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "ddn": ddn,
     "fmn": fmn,
     "newtonfool": newtonfool,
+    "carlini": carlini,
+    "ead": ead,
+    "lbfgs": lbfgs,
 }
 """Attacks by name, each a function of a threat."""

@@ -63,6 +63,7 @@ class MinimumNorm(Attack):
 
     start = "zero"
     targeted = True
+    confidence = 0.0  # the margin by which a point has to fail
 
     def init(self, keys, model, x, y) -> State:
         """Judge the clean point, from which the search begins."""
@@ -130,11 +131,11 @@ class MinimumNorm(Attack):
     def _far(self, point, x) -> Any:
         return self.threat.size(point, x)
 
-    def _seen(self, state: State, logits, x, y, point=None, confidence: float = 0.0) -> tuple[State, Any]:
+    def _seen(self, state: State, logits, x, y, point=None) -> tuple[State, Any]:
         """Remember a point that was asked at, by default the current one; tell which rows fail there."""
         point = state.point if point is None else point
         score, fails, finite = judge(logits, y)
-        fails = fails & (score <= -confidence)
+        fails = fails & (score <= -self.confidence)
         distance = self._far(point, x)
         nearer = (fails & (distance < state.distance)) | (~fails & jnp.isinf(state.distance))
         inside = self.threat.size(point, x) <= jnp.broadcast_to(jnp.asarray(self.threat.eps, x.dtype), x.shape[:1])
@@ -146,10 +147,10 @@ class MinimumNorm(Attack):
         )
         return seen, fails
 
-    def _look(self, state: State, model, x, y, loss: Callable, confidence: float = 0.0) -> tuple[State, Any, Any, Any]:
+    def _look(self, state: State, model, x, y, loss: Callable) -> tuple[State, Any, Any, Any]:
         """Ask at the current point and remember it; return the state, who fails, the loss and its gradient."""
         value, logits, grad = slope(loss, model, state.point, y)
-        seen, fails = self._seen(state, logits, x, y, confidence=confidence)
+        seen, fails = self._seen(state, logits, x, y)
         seen = seen._replace(zero_gradient=seen.zero_gradient | dead(grad), step=state.step + 1, spent=state.spent + 1)
         return seen, fails, value, mended(grad)
 

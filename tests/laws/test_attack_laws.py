@@ -28,6 +28,9 @@ SHORT = {  # settings of the laws where they are not four steps; attacks that st
     "fab_t": {"steps": 4, "targets": 2, "early": False},
     "deepfool": {"steps": 4, "early": False},
     "newtonfool": {"steps": 4, "early": False},
+    "carlini": {"steps": 4, "rounds": 2, "constant": 1.0, "rate": 0.1, "abort": False},
+    "ead": {"steps": 4, "rounds": 2, "constant": 1.0, "abort": False},
+    "lbfgs": {"steps": 4, "rounds": 2, "constant": 1.0, "abort": False},
 }
 DEAR = (
     "r_fgsm",
@@ -39,6 +42,8 @@ DEAR = (
     "deepfool",
     "fmn",
     "newtonfool",
+    "ead",
+    "lbfgs",
 )  # their kin stand for them in the default run where nothing of theirs differs
 
 
@@ -69,12 +74,12 @@ ROWS = [
 table = pytest.mark.parametrize(("attack", "threat"), ROWS)
 
 
-ROUND = {"ddn", "newtonfool"}  # attacks of the Euclidean norm alone
+ALONE = {"ddn": "l2", "newtonfool": "l2", "carlini": "l2", "lbfgs": "l2", "ead": "l1"}  # attacks of one norm
 
 
 def test_every_attack_takes_the_cube_or_a_ball_and_every_threat_has_an_attack():
-    assert {a for a, t in TABLE if t == "linf"} == set(ATTACKS) - ROUND
-    assert {t for a, t in TABLE if a in ROUND} == {"l2"}
+    assert {a for a, t in TABLE if t == "linf"} == set(ATTACKS) - set(ALONE)
+    assert {(a, t) for a, t in TABLE if a in ALONE} == set(ALONE.items())
     assert {t for _, t in TABLE} == set(ALL)
 
 
