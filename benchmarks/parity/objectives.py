@@ -1,12 +1,13 @@
-"""Store losses and gradients of the authors' codes of TRADES, MART, AWP and N-FGSM, for the parity test of objectives.
+"""Store losses and gradients of the authors' codes of six objectives, for the parity test of ours.
 
 Needs torch; jaxadv is not imported. The codes are read from checkouts of yaodongyu/TRADES, YisenWang/MART,
-csdongxian/AWP and pdejorge/N-FGSM and run as they are, on the CPU, in float64, on a small network with batch norm whose
-weights are written down here. The random starts are stored, so that the search can be repeated. N-FGSM is no function
-there: the lines of its training loop are cut out of the file.
+csdongxian/AWP, pdejorge/N-FGSM, tml-epfl/understanding-fast-adv-training and TreeLLi/Combating-RO-AdvLC and run as they
+are, on the CPU, in float64, on a small network with batch norm whose weights are written down here. The random starts
+are stored, so that the search can be repeated. The last three are no functions there: the lines of their training
+loops are cut out of the files.
 
 Usage: python benchmarks/parity/objectives.py FOLDER tests/fixtures/objectives_torch.npz
-(FOLDER holds the checkouts TRADES, MART, AWP, N-FGSM)
+(FOLDER holds the checkouts TRADES, MART, AWP, N-FGSM, GradAlign, AdvLC)
 """
 
 import copy
@@ -21,6 +22,7 @@ import torch
 from torch.nn import functional
 
 EPS, STEP_SIZE, STEPS, BETA, WEIGHT, GAMMA = 0.1, 0.02, 5, 6.0, 5.0, {"at": 0.01, "trades": 0.005}
+TOP, CONSISTENCY, ALIGNMENT = 0.1, 0.3, 0.2
 FEATURES, HIDDEN, CLASSES, ROWS = 12, 10, 4, 9
 
 
@@ -152,6 +154,38 @@ def main(folder: Path, path: str) -> None:
         stored[f"{name}/found"] = (images + scope["delta"]).reshape(ROWS, -1).numpy()
         take(stored, name, own, functional.cross_entropy(scope["output"], y))
 
+    own = copy.deepcopy(net).train()
+    scope = {
+        "model": own, "tc": torch, "criterion": torch.nn.CrossEntropyLoss(), "lgt_cle": own(x), "adv": found,
+        "tgt": y, "batch_size": ROWS, "epoch": 0,
+        "args": SimpleNamespace(reg_top=TOP, reg_lam=CONSISTENCY, reg_warmup=False),
+    }  # fmt: skip
+    exec(
+        compile(cut(folder / "AdvLC/src/utils/train.py", "lgt_adv = model(adv)", "loss += lam"), "AdvLC", "exec"), scope
+    )
+    take(stored, "advlc", own, scope["loss"])
+
+    sys.modules |= {"apex": SimpleNamespace(amp=None), "apex.amp": SimpleNamespace()}
+    utils, file = load(folder / "GradAlign/utils.py", "utils"), folder / "GradAlign/train.py"
+    own = copy.deepcopy(net).train()
+    settings = {"minibatch_replay": 1, "attack_init": "zero", "dataset": "", "batch_size": ROWS, "fgsm_alpha": 1.0}
+    scope = {
+        "torch": torch, "F": functional, "utils": utils, "X": images, "y": y, "model": own, "eps": EPS, "opt": None,
+        "clamp": torch.clamp, "half_prec": False, "double_bp": True, "iteration": 0,
+        "data": SimpleNamespace(shapes_dict={"": (ROWS,)}), "loss_function": torch.nn.CrossEntropyLoss(),
+        "get_input_grad": utils.get_input_grad, "l2_norm_batch": utils.l2_norm_batch,
+        "args": SimpleNamespace(grad_align_cos_lambda=ALIGNMENT, **settings),
+    }  # fmt: skip
+    stored["grad_align/noise"] = noise(3, lambda *s: torch.zeros(*s).uniform_(-EPS, EPS), *images.shape)
+    torch.manual_seed(3)
+    for first, last in (
+        ("if args.minibatch_replay == 1:", "delta.data = clamp(X"),
+        ("delta = delta.det", "loss += reg"),
+    ):
+        exec(compile(cut(file, first, last), "GradAlign", "exec"), scope)
+    stored["grad_align/found"] = (images + scope["delta"]).reshape(ROWS, -1).numpy()
+    take(stored, "grad_align", own, scope["loss"])
+
     stored = {
         key: np.asarray(
             value, np.float32 if np.asarray(value).dtype == np.float64 and not key.endswith("loss") else None
@@ -160,7 +194,7 @@ def main(folder: Path, path: str) -> None:
     }
     np.savez_compressed(
         path, eps=EPS, step_size=STEP_SIZE, steps=STEPS, beta=BETA, weight=WEIGHT, gamma_at=GAMMA["at"],
-        gamma_trades=GAMMA["trades"], **stored,
+        gamma_trades=GAMMA["trades"], top=TOP, consistency=CONSISTENCY, alignment=ALIGNMENT, **stored,
     )  # fmt: skip
     told = {key.split("/")[0]: float(value) for key, value in stored.items() if key.endswith("/loss")}
     print(f"{path}: {Path(path).stat().st_size} bytes, losses {told}")

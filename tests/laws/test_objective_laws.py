@@ -1,6 +1,7 @@
 """Laws over every objective, in one table: a new member is covered the day it is added."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from jaxadv import attacks, models, parallel, threats, train
 from jaxadv.core import Trainable
-from jaxadv.train import terms, trainer
+from jaxadv.train import record, terms, trainer
 
 CLASSES, ROWS = 3, 8
 OF_ATTACK = {"pgd_at": {}, "iat": {}, "advlc": {"top": 0.5}, "cost_sensitive": {"costs": 1 - np.eye(CLASSES)}}
@@ -156,6 +157,14 @@ def test_a_vanishing_budget_leaves_the_clean_examples(name):
         got = loss(net.apply, net.params, net.state, found, jax.random.key(0))[0]
         plain = train.standard()(net.apply, net.params, net.state, rows, jax.random.key(0))[0]
         np.testing.assert_allclose(got, plain, atol=1e-4)
+
+
+@table
+def test_a_run_can_write_down_what_it_minimizes_and_know_it_again(name):
+    first, again = (record.describe(build(name)) for _ in range(2))
+    assert json.loads(json.dumps(first)) == again
+    if name != "standard":
+        assert record.differences(first, record.describe(build(name, threats.linf(0.03))))
 
 
 EXECUTORS = [("shard_map", 4), ("jit", 4), ("pmap", 4), ("vmap", 4)]

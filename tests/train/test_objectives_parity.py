@@ -13,6 +13,7 @@ import pytest
 
 from jaxadv import attacks, losses, threats, train
 from jaxadv.core import Trainable
+from jaxadv.train import terms
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "objectives_torch.npz"
 
@@ -77,6 +78,10 @@ def build(name, official):
         return train.trades(threat, beta=float(official["beta"]), attack=attack)
     if name == "mart":
         return train.mart(threat, weight=float(official["weight"]), attack=search(official, name))
+    if name == "grad_align":
+        noise = official["grad_align/noise"].reshape(official["x"].shape)
+        term = terms.alignment(threat, start=lambda threat, keys, x: x + noise)
+        return train.plus(train.fgsm_at(threat), term, float(official["alignment"]))
     made = train.n_fgsm(threat) if name == "n_fgsm" else train.n_fgsm(threat, noise=1, clip=1, alpha=1.25 * threat.eps)
     noise = official[f"{name}/noise"].reshape(official["x"].shape)
     inner = made.keywords["attack"].attack
@@ -85,14 +90,23 @@ def build(name, official):
     )
 
 
-@pytest.mark.parametrize("name", ["trades", "mart", "n_fgsm", "n_fgsm_clip"])
+@pytest.mark.parametrize("name", ["trades", "mart", "n_fgsm", "n_fgsm_clip", "grad_align"])
 def test_the_authors_loss_and_gradient(official, key, name):
     net, batch, objective = network(official), rows(official), build(name, official)
     found = objective.find(net.apply, net.params, net.state, batch, key)["found"]
     np.testing.assert_allclose(found, official[f"{name}/found"], atol=1e-6)
     got = jax.jit(train.grad_fn(objective), static_argnums=0)(net.apply, net.params, net.state, batch, key)
-    # the code of N-FGSM also moves the running statistics during the attack, which we do not
-    same(official, name, got, len(official["y"]), statistics=not name.startswith("n_fgsm"))
+    # the codes of the single-step methods also move the running statistics during the attack, which we do not
+    same(official, name, got, len(official["y"]), statistics=name in ("trades", "mart"))
+
+
+def test_the_authors_logit_consistency(official, key):
+    """At the points of TRADES: three of the 36 entries of the batch count."""
+    net, batch = network(official), rows(official) | {"found": jnp.asarray(official["trades/found"])}
+    settings = {"weight": float(official["consistency"]), "top": float(official["top"])}
+    objective = train.advlc(attacks.pgd(threats.linf(float(official["eps"]))), **settings)
+    got = jax.jit(train.grad_fn(objective.loss), static_argnums=0)(net.apply, net.params, net.state, batch, key)
+    same(official, "advlc", got, len(official["y"]))
 
 
 @pytest.mark.parametrize("name", ["at", "trades"])
