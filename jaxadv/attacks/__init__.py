@@ -35,6 +35,11 @@ from jaxadv.attacks.minimum import nearest as nearest
 from jaxadv.attacks.minimum import newtonfool as newtonfool
 from jaxadv.attacks.minimum import within as within
 from jaxadv.attacks.scale import scaled as scaled
+from jaxadv.attacks.sparse import JSMA as JSMA
+from jaxadv.attacks.sparse import Sparse as Sparse
+from jaxadv.attacks.sparse import SparseFool as SparseFool
+from jaxadv.attacks.sparse import jsma as jsma
+from jaxadv.attacks.sparse import sparsefool as sparsefool
 from jaxadv.attacks.tradeoff import EAD as EAD
 from jaxadv.attacks.tradeoff import LBFGS as LBFGS
 from jaxadv.attacks.tradeoff import Carlini as Carlini
@@ -64,5 +69,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "carlini": carlini,
     "ead": ead,
     "lbfgs": lbfgs,
+    "jsma": jsma,
+    "sparsefool": sparsefool,
 }
 """Attacks by name, each a function of a threat."""

@@ -31,6 +31,8 @@ SHORT = {  # settings of the laws where they are not four steps; attacks that st
     "carlini": {"steps": 4, "rounds": 2, "constant": 1.0, "rate": 0.1, "abort": False},
     "ead": {"steps": 4, "rounds": 2, "constant": 1.0, "abort": False},
     "lbfgs": {"steps": 4, "rounds": 2, "constant": 1.0, "abort": False},
+    "jsma": {"steps": 4, "early": False},
+    "sparsefool": {"steps": 4, "early": False},
 }
 DEAR = (
     "r_fgsm",
@@ -44,6 +46,7 @@ DEAR = (
     "newtonfool",
     "ead",
     "lbfgs",
+    "sparsefool",
 )  # their kin stand for them in the default run where nothing of theirs differs
 
 
@@ -74,7 +77,15 @@ ROWS = [
 table = pytest.mark.parametrize(("attack", "threat"), ROWS)
 
 
-ALONE = {"ddn": "l2", "newtonfool": "l2", "carlini": "l2", "lbfgs": "l2", "ead": "l1"}  # attacks of one norm
+ALONE = {
+    "ddn": "l2",
+    "newtonfool": "l2",
+    "carlini": "l2",
+    "lbfgs": "l2",
+    "ead": "l1",
+    "jsma": "l0",
+    "sparsefool": "l0",
+}  # attacks of one norm
 
 
 def test_every_attack_takes_the_cube_or_a_ball_and_every_threat_has_an_attack():
@@ -150,9 +161,8 @@ def spent(attack):
     jax.eval_shape(attack.result, state, model, x, y)
     after = len(calls) - before - each
     assert before <= 1  # a slot is cheap to fill
-    backward = {"square": 0, "fab": CLASSES - 1, "deepfool": CLASSES - 1}.get(
-        attack.name, 1
-    )  # one for each wrong class
+    others = dict.fromkeys(("fab", "deepfool", "sparsefool"), CLASSES - 1)  # one for each wrong class
+    backward = ({"square": 0, "jsma": 2} | others).get(attack.name, 1)
     return before + each * attack.max_steps + after, backward * attack.max_steps
 
 
