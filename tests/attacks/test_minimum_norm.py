@@ -108,7 +108,7 @@ def test_deepfool_on_a_linear_model_takes_one_step_to_the_overshot_boundary(norm
     np.testing.assert_array_equal(found.grads[keep], 2 * 4)  # the second one finds that it has crossed
     np.testing.assert_array_equal(found.queries[keep], 2 + 3)
     whole = go(deepfool(BALLS[norm](50.0), steps=6, early=False), model, x, y)
-    np.testing.assert_array_equal(whole.x[keep], found.x[keep])
+    np.testing.assert_allclose(whole.x[keep], found.x[keep], atol=1e-6)  # another loop, other rounding
     np.testing.assert_array_equal(whole.grads, 6 * 4)
     many, x, y, _ = problem(classes=20)
     few, whole = (go(deepfool(BALLS[norm](50.0), candidates=c), many, x, y) for c in (2, 20))
