@@ -34,6 +34,7 @@ from jaxadv.attacks.minimum import fmn as fmn
 from jaxadv.attacks.minimum import nearest as nearest
 from jaxadv.attacks.minimum import newtonfool as newtonfool
 from jaxadv.attacks.minimum import within as within
+from jaxadv.attacks.optimizers import adam_pgd as adam_pgd
 from jaxadv.attacks.scale import scaled as scaled
 from jaxadv.attacks.sparse import JSMA as JSMA
 from jaxadv.attacks.sparse import Sparse as Sparse
@@ -56,6 +57,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "bim": bim,
     "pgd": pgd,
     "mi_fgsm": mi_fgsm,
+    "adam_pgd": adam_pgd,
     "apgd_ce": apgd_ce,
     "apgd_dlr": apgd_dlr,
     "apgd_t": apgd_t,

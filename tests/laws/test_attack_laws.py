@@ -47,6 +47,7 @@ DEAR = (
     "ead",
     "lbfgs",
     "sparsefool",
+    "adam_pgd",
 )  # their kin stand for them in the default run where nothing of theirs differs
 
 
