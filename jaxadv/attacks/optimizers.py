@@ -3,6 +3,8 @@
 from functools import lru_cache
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxadv.attacks.gradient import GradientAttack, pgd
@@ -10,10 +12,27 @@ from jaxadv.attacks.minimum import ball
 from jaxadv.core import Threat
 
 
+def from_data(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let the state of an optimizer start from data, as `shard_map` asks of the carry of a loop.
+
+    Args:
+      transform: whose first state may hold constants, such as a count of 0.
+
+    Returns:
+      The same with a first state of the same values.
+    """
+
+    def init(params):
+        nothing = jnp.zeros_like(params).reshape(-1)[0]
+        return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), transform.init(params))
+
+    return optax.GradientTransformation(init, transform.update)
+
+
 @lru_cache
 def _adam(decay: float, square: float) -> optax.GradientTransformation:
     """Cached, so that equal attacks share one compiled program."""
-    return optax.scale_by_adam(b1=decay, b2=square)
+    return from_data(optax.scale_by_adam(b1=decay, b2=square))
 
 
 def adam_pgd(

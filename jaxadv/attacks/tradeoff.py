@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxadv import losses
 from jaxadv.attacks.judge import dead
 from jaxadv.attacks.minimum import MinimumNorm, State, ask, ball, mended, slope
+from jaxadv.attacks.optimizers import from_data
 from jaxadv.core import Targets, Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
 
@@ -133,7 +134,7 @@ def _rounds(threat: Threat, norms, name: str, steps, rounds, constant, confidenc
 @lru_cache
 def _adam(rate: float) -> optax.GradientTransformation:
     """Cached, so that equal attacks share one compiled program."""
-    return optax.adam(rate)
+    return from_data(optax.adam(rate))
 
 
 class Unbounded(NamedTuple):

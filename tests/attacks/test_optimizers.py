@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.tree_util import Partial
 
 from jaxadv.attacks import ATTACKS, GradientAttack, adam_pgd
+from jaxadv.attacks.optimizers import from_data
 from jaxadv.losses import margin
 from jaxadv.threats import l1, l2, linf
 
@@ -46,6 +48,13 @@ def test_its_steps_are_those_of_adam():
         first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
         point = point - 0.02 * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
     np.testing.assert_allclose(got, point, atol=1e-5)
+
+
+def test_a_state_from_data_has_the_same_values():
+    w, *_ = problem()
+    for got, want in zip(*(jax.tree.leaves(t.init(w)) for t in (from_data(optax.adam(0.1)), optax.adam(0.1)))):
+        np.testing.assert_array_equal(got, want)
+        assert got.dtype == want.dtype
 
 
 def test_settings_are_checked():

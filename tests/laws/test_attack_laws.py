@@ -305,8 +305,13 @@ def same(got, want, tolerance=1e-4):
     np.testing.assert_allclose(got.score, want.score, atol=tolerance, rtol=tolerance)
 
 
+MINIMUM = ("deepfool", "ddn", "fmn", "newtonfool", "carlini", "ead", "lbfgs", "jsma", "sparsefool", "adam_pgd")
 SOME = [pytest.param(a, t, id=f"{a}-{t}") for a in ("pgd", "mi_fgsm") for t in ALL]
-MORE = [pytest.param(a, t, id=f"{a}-{t}", marks=pytest.mark.slow) for a, t in TABLE if a in ("apgd_ce", "fab", "fab_t")]
+MORE = [
+    pytest.param(a, t, id=f"{a}-{t}", marks=pytest.mark.slow)
+    for a, t in TABLE
+    if a in ("apgd_ce", "fab", "fab_t", *MINIMUM)
+]
 transforms = pytest.mark.parametrize(("attack", "threat"), SOME + MORE)
 
 
@@ -372,7 +377,17 @@ def test_in_float64_other_batch_shapes_decide_the_same(attack, threat):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("attack", "threat"),
-    [("pgd", "linf"), ("pgd", "l1"), ("apgd_ce", "l1"), ("apgd_t", "linf"), ("fab", "linf"), ("fab_t", "l2")],
+    [
+        ("pgd", "linf"),
+        ("pgd", "l1"),
+        ("apgd_ce", "l1"),
+        ("apgd_t", "linf"),
+        ("fab", "linf"),
+        ("fab_t", "l2"),
+        ("deepfool", "l2"),
+        ("lbfgs", "l2"),
+        ("fmn", "linf"),
+    ],
 )
 def test_served_from_slots_is_run(attack, threat):
     a, model = wire(attack, threat, early=True), dense_model()
