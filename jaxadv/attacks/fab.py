@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv.attacks.apgd import NORMS, largest_where
-from jaxadv.attacks.judge import dead, judge
+from jaxadv.attacks.judge import ask, dead, judge
 from jaxadv.core import (
     Attack,
     Result,
@@ -173,7 +173,7 @@ class FAB(Attack):
         nothing = jnp.zeros_like(flat(x)[:, 0])
         none = nothing > 1
         low, high = edges(self.threat.bounds, x)
-        logits = self._logits(model, x)
+        logits = ask(model, x)
         score, broken, finite = judge(logits, y)
         targets = min(self.targets, logits.shape[-1] - 1)
         return State(
@@ -221,7 +221,7 @@ class FAB(Attack):
         # Skipped where nobody is within; other rows discard it anyhow.
         inside = lax.cond(jnp.any(within), lambda: self.threat.project(point, x), lambda: point)
         point = select(within, inside, point)
-        _, fails, finite = judge(self._logits(model, point), y)
+        _, fails, finite = judge(ask(model, point), y)
         distance = _length(point - x, norm)
         nearer = (fails & (distance < state.distance)) | (~fails & jnp.isinf(state.distance))
         return state._replace(
@@ -243,7 +243,7 @@ class FAB(Attack):
     def result(self, state: State, model, x, y) -> Result:
         """Project the nearest failing point into the budget and ask the model there; else return the better point."""
         point = select(state.wrong, x, self.threat.project(state.best, x))
-        logits = self._logits(model, point)
+        logits = ask(model, point)
         score, fails, finite = judge(logits, y)
         passes = 1 if self.targets else logits.shape[-1] - 1  # backward passes of a step
         better = fails | (score < state.score)
@@ -260,11 +260,6 @@ class FAB(Attack):
                 "infeasible": state.infeasible,
             },
         )
-
-    def _logits(self, model, point):
-        logits = model(point)
-        check.logits(logits)
-        return logits.astype(jnp.promote_types(logits.dtype, point.dtype))
 
     def _begun(self, state: State, x):
         """Rounds begin at the clean point; restarts half the smaller of budget and nearest distance away from it."""
@@ -296,7 +291,7 @@ class FAB(Attack):
         target = jnp.take_along_axis(state.order, which[:, None], axis=1)
 
         def total(point):
-            logits = self._logits(model, point)
+            logits = ask(model, point)
             gap = (jnp.take_along_axis(logits, target, axis=1) - jnp.take_along_axis(logits, y[:, None], axis=1))[:, 0]
             return jnp.sum(gap), gap
 
@@ -305,7 +300,7 @@ class FAB(Attack):
 
     def _to_nearest(self, model, point, y):
         """Gap and normal of the boundary that is nearest in the linearization, over all wrong classes in turn."""
-        logits, pull = jax.vjp(lambda p: self._logits(model, p), point)
+        logits, pull = jax.vjp(lambda p: ask(model, p), point)
         classes = logits.shape[-1]
         label = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
 

@@ -1,7 +1,7 @@
-"""What every attack asks about logits and gradients: how near to failing, whether failing, whether of any use.
+"""What every attack asks: the logits, how near to failing, whether failing, whether a gradient is of any use.
 
-What lives here: `judge` and `dead`. What does not: the verdict that counts (`evaluate.verdict`, with a forward pass of
-its own); this one steers a search.
+What lives here: `ask`, `judge` and `dead`. What does not: the verdict that counts (`evaluate.verdict`, with a forward
+pass of its own); this one steers a search.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,24 @@ from jaxtyping import Array, Bool, Float
 
 from jaxadv import losses
 from jaxadv.core import check, is_labels, robust, rows
+
+
+def ask(model, point) -> Float[Array, "b k"]:
+    """Return the logits at a point, in at least the precision of the point.
+
+    Args:
+      model: logits from a batch.
+      point: `[b, ...]`.
+
+    Returns:
+      `[b, k]`.
+
+    Raises:
+      ValueError: if the model gives no `[b, k]`.
+    """
+    logits = model(point)
+    check.logits(logits)
+    return logits.astype(jnp.promote_types(logits.dtype, point.dtype))
 
 
 def judge(

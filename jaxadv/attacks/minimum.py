@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
-from jaxadv.attacks.judge import dead, judge
+from jaxadv.attacks.judge import ask, dead, judge
 from jaxadv.core import Attack, Result, Targets, Threat, check, edges, is_labels, pytree, select, static, step_keys
 from jaxadv.core.rows import flat, wide
 from jaxadv.threats import l2
@@ -153,24 +153,6 @@ class MinimumNorm(Attack):
         seen, fails = self._seen(state, logits, x, y)
         seen = seen._replace(zero_gradient=seen.zero_gradient | dead(grad), step=state.step + 1, spent=state.spent + 1)
         return seen, fails, value, mended(grad)
-
-
-def ask(model, point) -> Float[Array, "b k"]:
-    """Return the logits at a point, in at least the precision of the point.
-
-    Args:
-      model: logits from a batch.
-      point: `[b, ...]`.
-
-    Returns:
-      `[b, k]`.
-
-    Raises:
-      ValueError: if the model gives no `[b, k]`.
-    """
-    logits = model(point)
-    check.logits(logits)
-    return logits.astype(jnp.promote_types(logits.dtype, point.dtype))
 
 
 def slope(loss: Callable, model, point, y):

@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv.attacks.fab import to_hyperplane
-from jaxadv.attacks.judge import dead
-from jaxadv.attacks.minimum import MinimumNorm, State, ask, ball, mended, nearest_boundary
+from jaxadv.attacks.judge import ask, dead
+from jaxadv.attacks.minimum import MinimumNorm, State, ball, mended, nearest_boundary
 from jaxadv.core import Targets, Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
 from jaxadv.threats import l2

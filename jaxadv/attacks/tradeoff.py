@@ -14,8 +14,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
-from jaxadv.attacks.judge import dead
-from jaxadv.attacks.minimum import MinimumNorm, State, ask, ball, mended, slope
+from jaxadv.attacks.judge import ask, dead
+from jaxadv.attacks.minimum import MinimumNorm, State, ball, mended, slope
 from jaxadv.attacks.optimizers import from_data
 from jaxadv.core import Targets, Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide

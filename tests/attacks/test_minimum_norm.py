@@ -26,7 +26,8 @@ from jaxadv.attacks import (
     pgd,
     within,
 )
-from jaxadv.attacks.minimum import ask, ball, cosine, mended, nearest_boundary, slope
+from jaxadv.attacks.judge import ask
+from jaxadv.attacks.minimum import ball, cosine, mended, nearest_boundary, slope
 from jaxadv.core import Targets
 from jaxadv.losses import margin
 from jaxadv.threats import l0, l1, l2, linf, union
