@@ -175,7 +175,7 @@ def test_another_configuration_is_refused_by_name(kit, key, tmp_path):
         ({"steps": 14}, "settings.steps: 12 -> 14"),
         ({"batch_size": 8}, "settings.batch_size: 16 -> 8"),
         ({"data": kit.blobs(96, seed=5)}, "sources.data: "),
-        ({"objective": train.fgsm_rs(threats.linf(0.1), alpha=0.05)}, "objective.attack.step_size: 0.125 -> 0.05"),
+        ({"objective": train.fgsm_rs(threats.linf(0.1), alpha=0.05)}, "objective.find.attack.step_size: 0.125 -> 0.05"),
         ({"optimizer": optax.adam(2e-2)}, r"optimizer\..*step_size: -0.01 -> -0.02"),
         ({"ema": 0.9}, "ema: None -> 0.9"),
         ({"trainable": kit.mlp("batch", widths=(8,))}, "arrays"),
