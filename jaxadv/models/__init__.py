@@ -10,10 +10,14 @@ from jaxadv.models.adapt import from_nnx as from_nnx
 from jaxadv.models.adapt import model as model
 from jaxadv.models.adapt import pure as pure
 from jaxadv.models.adapt import trainable as trainable
+from jaxadv.models.branch import branched as branched
+from jaxadv.models.branch import grad_reverse as grad_reverse
+from jaxadv.models.branch import trunk as trunk
 from jaxadv.models.create import NETS as NETS
 from jaxadv.models.create import create as create
 from jaxadv.models.create import from_spec as from_spec
 from jaxadv.models.create import make_spec as make_spec
+from jaxadv.models.hosted import black_box as black_box
 from jaxadv.models.norms import BatchNorm as BatchNorm
 from jaxadv.models.norms import Dropout as Dropout
 from jaxadv.models.norms import GroupNorm as GroupNorm
