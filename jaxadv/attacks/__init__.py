@@ -14,6 +14,12 @@ from jaxadv.attacks.autoattack import autoattack as autoattack
 from jaxadv.attacks.autoattack import transfer as transfer
 from jaxadv.attacks.blackbox import SquareAttack as SquareAttack
 from jaxadv.attacks.blackbox import square as square
+from jaxadv.attacks.estimates import Estimated as Estimated
+from jaxadv.attacks.estimates import estimated as estimated
+from jaxadv.attacks.estimates import estimating as estimating
+from jaxadv.attacks.estimates import nes as nes
+from jaxadv.attacks.estimates import spsa as spsa
+from jaxadv.attacks.estimates import zoo as zoo
 from jaxadv.attacks.fab import FAB as FAB
 from jaxadv.attacks.fab import fab as fab
 from jaxadv.attacks.fab import fab_t as fab_t
@@ -36,6 +42,11 @@ from jaxadv.attacks.minimum import newtonfool as newtonfool
 from jaxadv.attacks.minimum import within as within
 from jaxadv.attacks.optimizers import adam_pgd as adam_pgd
 from jaxadv.attacks.scale import scaled as scaled
+from jaxadv.attacks.scores import OnePixel as OnePixel
+from jaxadv.attacks.scores import Search as Search
+from jaxadv.attacks.scores import SimBA as SimBA
+from jaxadv.attacks.scores import one_pixel as one_pixel
+from jaxadv.attacks.scores import simba as simba
 from jaxadv.attacks.sparse import JSMA as JSMA
 from jaxadv.attacks.sparse import Sparse as Sparse
 from jaxadv.attacks.sparse import SparseFool as SparseFool
@@ -73,5 +84,10 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "lbfgs": lbfgs,
     "jsma": jsma,
     "sparsefool": sparsefool,
+    "nes": nes,
+    "spsa": spsa,
+    "zoo": zoo,
+    "simba": simba,
+    "one_pixel": one_pixel,
 }
 """Attacks by name, each a function of a threat."""

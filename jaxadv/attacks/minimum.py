@@ -64,6 +64,7 @@ class MinimumNorm(Attack):
     start = "zero"
     targeted = True
     confidence = 0.0  # the margin by which a point has to fail
+    strict = False  # whether logits that are not finite hold, on the way
 
     def init(self, keys, model, x, y) -> State:
         """Judge the clean point, from which the search begins."""
@@ -102,6 +103,10 @@ class MinimumNorm(Attack):
     def result(self, state: State, model, x, y) -> Result:
         """Judge the last point, project the nearest failing one into the budget and ask there; else keep the better."""
         state, _ = self._seen(state, ask(model, state.point), x, y)
+        return self._answer(state, model, x, y, 3)
+
+    def _answer(self, state: State, model, x, y, beside: int) -> Result:
+        """The answer from what is remembered; `beside` forward passes were not those of steps."""
         point = select(state.wrong, x, self.threat.project(state.best, x))
         score, fails, finite = judge(ask(model, point), y)
         better = fails | (score < state.score)
@@ -112,7 +117,7 @@ class MinimumNorm(Attack):
             score=jnp.where(better, score, state.score),
             success=fails,
             size=self.threat.size(point, x),
-            queries=forward * state.spent + 3,
+            queries=forward * state.spent + beside,
             grads=backward * state.spent,
             flags={
                 "nonfinite": state.nonfinite | ~finite,
@@ -135,7 +140,7 @@ class MinimumNorm(Attack):
         """Remember a point that was asked at, by default the current one; tell which rows fail there."""
         point = state.point if point is None else point
         score, fails, finite = judge(logits, y)
-        fails = fails & (score <= -self.confidence)
+        fails = fails & (score <= -self.confidence) & (finite | (not self.strict))
         distance = self._far(point, x)
         nearer = (fails & (distance < state.distance)) | (~fails & jnp.isinf(state.distance))
         inside = self.threat.size(point, x) <= jnp.broadcast_to(jnp.asarray(self.threat.eps, x.dtype), x.shape[:1])
