@@ -224,7 +224,8 @@ def _lightened(values: list, params: dict) -> tuple[list, dict]:
 
 
 def _like(aval: Any) -> Any:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+    over_devices = {"sharding": aval.sharding, "manual_axis_type": aval.manual_axis_type}  # shard_map checks the latter
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, **over_devices)
 
 
 def _rewrite(value: Any, form: str | None) -> Any:

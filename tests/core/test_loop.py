@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxadv import parallel
 from jaxadv.core import loop
 
 
@@ -42,6 +43,30 @@ def test_a_loop_is_differentiable_under_jit():
     v = jnp.float32([0.3, -0.8])
     want = jax.grad(lambda v: (lambda f: f(f(f(f(v)))))(lambda s: jnp.sin(s) * 1.5).sum())(v)
     np.testing.assert_allclose(jax.jit(jax.grad(end))(v), want, rtol=1e-5)
+
+
+def test_a_loop_over_a_convolution_inside_a_checked_shard_map_is_that_outside():
+    """Traced anew, its body must still know what varies over devices."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 5, 5, 1), (3, 3, 1, 1)))
+
+    def go(x, kernel, total=lambda v: v):
+        layout = ("NHWC", "HWIO", "NHWC")
+
+        def step(v):
+            return x + jnp.tanh(jax.lax.conv_general_dilated(v, kernel, (1, 1), "SAME", dimension_numbers=layout))
+
+        return total(jnp.sum(loop(step, x, 2)))
+
+    rows, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    mesh = parallel.make_mesh(4)
+    each = jax.shard_map(
+        lambda x, kernel: go(x, kernel, lambda v: jax.lax.psum(v, "data")),
+        mesh=mesh,
+        in_specs=(rows, same),
+        out_specs=same,
+    )
+    np.testing.assert_allclose(jax.jit(each)(x, kernel), jax.jit(go)(x, kernel), rtol=1e-5)
 
 
 @pytest.mark.parametrize("n", [-1, 1.5, True])
