@@ -59,6 +59,21 @@ from jaxadv.attacks.tradeoff import Tradeoff as Tradeoff
 from jaxadv.attacks.tradeoff import carlini as carlini
 from jaxadv.attacks.tradeoff import ead as ead
 from jaxadv.attacks.tradeoff import lbfgs as lbfgs
+from jaxadv.attacks.transferable import Diverse as Diverse
+from jaxadv.attacks.transferable import Ensemble as Ensemble
+from jaxadv.attacks.transferable import Members as Members
+from jaxadv.attacks.transferable import Scales as Scales
+from jaxadv.attacks.transferable import Transferable as Transferable
+from jaxadv.attacks.transferable import Translations as Translations
+from jaxadv.attacks.transferable import View as View
+from jaxadv.attacks.transferable import di_fgsm as di_fgsm
+from jaxadv.attacks.transferable import mean_logits as mean_logits
+from jaxadv.attacks.transferable import mean_probabilities as mean_probabilities
+from jaxadv.attacks.transferable import ni_fgsm as ni_fgsm
+from jaxadv.attacks.transferable import si_fgsm as si_fgsm
+from jaxadv.attacks.transferable import ti_fgsm as ti_fgsm
+from jaxadv.attacks.transferable import transferable as transferable
+from jaxadv.attacks.transferable import vmi_fgsm as vmi_fgsm
 from jaxadv.core.run import best_of as best_of
 from jaxadv.core.types import Attack
 
@@ -69,6 +84,11 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "pgd": pgd,
     "mi_fgsm": mi_fgsm,
     "adam_pgd": adam_pgd,
+    "ni_fgsm": ni_fgsm,
+    "si_fgsm": si_fgsm,
+    "di_fgsm": di_fgsm,
+    "ti_fgsm": ti_fgsm,
+    "vmi_fgsm": vmi_fgsm,
     "apgd_ce": apgd_ce,
     "apgd_dlr": apgd_dlr,
     "apgd_t": apgd_t,

@@ -39,6 +39,7 @@ class State(NamedTuple):
     nonfinite: Bool[Array, " b"]
     zero_gradient: Bool[Array, " b"]
     infeasible: Bool[Array, " b"]
+    memory: Any = ()  # of a wiring that asks for gradients in its own way
 
 
 @pytree
@@ -86,12 +87,7 @@ class GradientAttack(Attack):
 
     def step(self, state: State, model, x, y) -> State:
         """Judge the current point, then move it along the transformed gradient and project."""
-
-        def total(point):
-            logits = model(point)
-            return jnp.sum(self.loss(logits, y)), judge(logits, y, self.criterion)
-
-        grad, (score, broken, finite) = jax.grad(total, has_aux=True)(state.point)
+        grad, (score, broken, finite), memory = self._ask(state, model, x, y)
         lost = dead(grad)
         rise = -jnp.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
         state = self._remember(state, score, broken)
@@ -99,10 +95,7 @@ class GradientAttack(Attack):
         rise, opt = update(rise, state.opt, state.point)
         if self.steep:
             rise = self.threat.steepest(self._movable(rise, state.point))
-        size = self.step_size if self.schedule is None else self.step_size * jax.vmap(self.schedule)(state.step)
-        size = jnp.broadcast_to(jnp.asarray(size, x.dtype), x.shape[:1])
-        move = wide(size, x) * rise
-        point = self.threat.project(state.point + move, x)
+        point = self.threat.project(state.point + self._length(state, x) * rise, x)
         if self.early:
             point = select(state.broken, state.point, point)
         return state._replace(
@@ -111,6 +104,7 @@ class GradientAttack(Attack):
             step=state.step + 1,
             nonfinite=state.nonfinite | ~finite,
             zero_gradient=state.zero_gradient | lost,
+            memory=memory,
         )
 
     def done(self, state: State) -> Bool[Array, " b"]:
@@ -132,15 +126,36 @@ class GradientAttack(Attack):
             "zero_gradient": state.zero_gradient,
             "infeasible": state.infeasible,
         }
+        queries, grads = self._cost(model)
         return Result(
             x=point,
             score=score,
             success=broken,
             size=self.threat.size(point, x),
-            queries=state.step + (3 if self.keep == "best" else 1),
-            grads=state.step,
+            queries=state.step * queries + (3 if self.keep == "best" else 1),
+            grads=state.step * grads,
             flags=flags,
         )
+
+    def _ask(self, state: State, model, x, y):
+        """Return the gradient to follow, the verdict on the current point, and the memory of the next state."""
+
+        def total(point):
+            logits = model(point)
+            return jnp.sum(self.loss(logits, y)), judge(logits, y, self.criterion)
+
+        grad, verdict = jax.grad(total, has_aux=True)(state.point)
+        return grad, verdict, state.memory
+
+    def _cost(self, model) -> tuple[int, int]:
+        """Forward passes and gradients of a step."""
+        del model
+        return 1, 1
+
+    def _length(self, state: State, x):
+        """Length of the step, `[b, 1, ...]`."""
+        size = self.step_size if self.schedule is None else self.step_size * jax.vmap(self.schedule)(state.step)
+        return wide(jnp.broadcast_to(jnp.asarray(size, x.dtype), x.shape[:1]), x)
 
     def _start(self, keys, x):
         if self.start == "zero":
@@ -148,11 +163,16 @@ class GradientAttack(Attack):
         if self.start == "random":
             return self.threat.sample(keys, x)
         if self.start == "unclipped":
-            free: Any = self.threat
-            return dataclasses.replace(free, bounds=(-jnp.inf, jnp.inf)).sample(keys, x)
+            return self._around(keys, x)
         draw = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
         half = jnp.broadcast_to(jnp.asarray(self.threat.eps, x.dtype) / 2, x.shape[:1])
         return self.threat.project(x + wide(half, x) * self.threat.steepest(draw), x)
+
+    def _around(self, keys, point, factor: float = 1.0):
+        """A random point within so many budgets of a point, whatever the bounds."""
+        free: Any = self.threat
+        eps = free.eps if factor == 1 else free.eps * factor
+        return dataclasses.replace(free, eps=eps, bounds=(-jnp.inf, jnp.inf)).sample(keys, point)
 
     def _remember(self, state: State, score, broken) -> State:
         """Keep the better of the best point so far and the current one."""

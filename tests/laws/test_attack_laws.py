@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
-from jaxadv import core, models
+from jaxadv import attacks, core, models
 from jaxadv.attacks import ATTACKS
 from jaxadv.threats import THREATS, union
 
@@ -17,6 +17,7 @@ SHAPE, CLASSES, POOL = (8, 8, 1), 10, 48
 EPS = {"linf": 0.1, "l2": 0.8, "l1": 3.0, "l0": 5.0}
 BALLS = tuple(THREATS)
 ALL = (*BALLS, "union")
+VIEWS = (attacks.Translations(3), attacks.Scales(2), attacks.Diverse(1.0, least=0.5))
 SHORT = {  # settings of the laws where they are not four steps; attacks that stop early are told to go on
     "fgsm": {},
     "r_fgsm": {},
@@ -38,6 +39,7 @@ SHORT = {  # settings of the laws where they are not four steps; attacks that st
     "zoo": {"queries": 136, "samples": 8, "at_once": 8, "rounds": 2, "rate": 0.1, "abort": False},
     "simba": {"queries": 8, "early": False},
     "one_pixel": {"queries": 8, "pixels": 2, "population": 4, "early": False},
+    "vmi_fgsm": {"steps": 4, "neighbors": 2, "look_ahead": True, "views": VIEWS},  # all that can be combined
 }
 DEAR = (
     "r_fgsm",
@@ -53,6 +55,7 @@ DEAR = (
     "lbfgs",
     "sparsefool",
     "adam_pgd",
+    "vmi_fgsm",
     "spsa",
     "zoo",
     "one_pixel",
@@ -79,16 +82,21 @@ def takes(attack, threat):
         return False
 
 
-WIRINGS = ("nes", "r_fgsm", "bim", "mi_fgsm")  # one engine with pgd, which meets every threat
+WIRINGS = ("nes", "r_fgsm", "bim", "mi_fgsm", "vmi_fgsm")  # one engine with pgd, which meets every threat
+PARTS = ("ni_fgsm", "si_fgsm", "di_fgsm", "ti_fgsm")  # of what vmi_fgsm combines here
 TABLE = [
     (attack, threat)
     for attack in ATTACKS
-    for threat in (("linf", "l2") if attack in WIRINGS else ALL)
+    for threat in (("linf",) if attack in PARTS else ("linf", "l2") if attack in WIRINGS else ALL)
     if takes(attack, threat)
 ]
-ROWS = [
-    pytest.param(a, t, id=f"{a}-{t}", marks=[pytest.mark.slow] if a in DEAR and t != "linf" else []) for a, t in TABLE
-]
+
+
+def marks(attack, threat):
+    return [pytest.mark.slow] if attack in PARTS or (attack in DEAR and threat != "linf") else []
+
+
+ROWS = [pytest.param(a, t, id=f"{a}-{t}", marks=marks(a, t)) for a, t in TABLE]
 table = pytest.mark.parametrize(("attack", "threat"), ROWS)
 
 
@@ -174,14 +182,15 @@ def spent(attack):
     model, (x, y, index) = Partial(counted, dense_model().args[0]), batch(np.arange(4))
     state = jax.eval_shape(attack.init, core.example_keys(jax.random.key(0), "law", index), model, x, y)
     before = sum(calls)
-    jax.eval_shape(attack.step, state, model, x, y)
+    with jax.disable_jit(isinstance(attack, attacks.Transferable)):  # it asks inside loops: trace every turn
+        jax.eval_shape(attack.step, state, model, x, y)
     each = sum(calls) - before
     jax.eval_shape(attack.result, state, model, x, y)
     after = sum(calls) - before - each
     assert before <= 1  # a slot is cheap to fill
     others = dict.fromkeys(("fab", "deepfool", "sparsefool"), CLASSES - 1)  # one for each wrong class
     blind = dict.fromkeys(BLIND, 0)
-    backward = ({"jsma": 2} | others | blind).get(attack.name, 1)
+    backward = ({"jsma": 2, "si_fgsm": 5, "vmi_fgsm": 3 * 2} | others | blind).get(attack.name, 1)
     return before + each * attack.max_steps + after, backward * attack.max_steps
 
 
@@ -254,7 +263,7 @@ def test_the_same_key_gives_the_same_result(attack, threat):
     one, two, other = (answer(a, conv_model(), index, seed) for seed in (0, 0, 1))
     for got, ref in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         assert got.tobytes() == ref.tobytes()
-    if getattr(a, "start", "random") == "zero":
+    if getattr(a, "start", "random") == "zero" and attack not in ("di_fgsm", "vmi_fgsm"):
         np.testing.assert_array_equal(one.x, other.x)
     else:
         assert (one.x != other.x).any()
@@ -328,7 +337,7 @@ SOME = [pytest.param(a, t, id=f"{a}-{t}") for a in ("pgd", "mi_fgsm") for t in A
 MORE = [
     pytest.param(a, t, id=f"{a}-{t}", marks=pytest.mark.slow)
     for a, t in TABLE
-    if a in ("apgd_ce", "fab", "fab_t", *MINIMUM)
+    if a in ("apgd_ce", "fab", "fab_t", "vmi_fgsm", *MINIMUM)
 ]
 transforms = pytest.mark.parametrize(("attack", "threat"), SOME + MORE)
 
@@ -405,6 +414,7 @@ def test_in_float64_other_batch_shapes_decide_the_same(attack, threat):
         ("deepfool", "l2"),
         ("lbfgs", "l2"),
         ("fmn", "linf"),
+        ("vmi_fgsm", "linf"),
     ],
 )
 def test_served_from_slots_is_run(attack, threat):
