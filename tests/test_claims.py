@@ -1,6 +1,7 @@
 """The claims framework: what a claim must have, intervals, storage, tables that agree with results, the command."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -238,9 +239,11 @@ def test_benchmarks_are_listed_and_run(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", framework.names())
-def test_each_claim_takes_one_step(name):
+def test_each_claim_takes_one_step(name, tmp_path_factory):
+    shared = tmp_path_factory.getbasetemp().parent / "programs"  # claims train the same network; workers share them
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(shared), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     code = f"from jaxadv.cli import claims; print(claims.claims_run('.', {name!r}, smoke=True)['verdict'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | cache)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().split("\n")[-1] in framework.VERDICTS
 

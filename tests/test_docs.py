@@ -52,6 +52,7 @@ def test_the_skeleton_attack_serves_like_every_other():
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_the_front_page_example_runs_as_printed():
     assert len(blocks("README.md", "python")) == 1 and len(blocks("README.md", "python")[0].strip().split("\n")) <= 16
     names = run("README.md")

@@ -185,15 +185,18 @@ def test_the_chain_refuses_what_an_attack_refuses():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", [name for name in np.load(parity.OFFICIAL).files if name.endswith("/0")])
+@pytest.mark.heavy
+@pytest.mark.parametrize("cell", ["mnist_standard/L2/0", "mnist_robust/Linf/0"])
 def test_verdicts_agree_with_the_official_code_example_by_example(cell, data_root):
-    """Fixtures of `benchmarks/parity/autoattack.py`; 25 of the 1,000 examples that were run there."""
+    """Fixtures of `benchmarks/parity/autoattack.py`; a few of the 1,000 examples that were run there."""
     net, norm, _ = cell.split("/")
     arrays, official = np.load(parity.weights_of(net)), np.load(parity.OFFICIAL)
     test = parity.examples(net, 1000)
     np.testing.assert_array_equal(test.index, arrays[f"{net}/index"])
-    x, y = (part[:25] for part in test.all())
-    held, threat = official[cell].all(0)[:25], threats.THREATS[norm.lower()](parity.NETS[net][3][norm])
-    report = evaluate(KEY, parity.forward(arrays, net), x, y, threat, index=test.index[:25])
+    held = official[cell].all(0)
+    some = np.sort(np.concatenate([np.flatnonzero(held)[:6], np.flatnonzero(~held)[:10]]))
+    x, y = (part[some] for part in test.all())
+    threat = threats.THREATS[norm.lower()](parity.NETS[net][3][norm])
+    report = evaluate(KEY, parity.forward(arrays, net), x, y, threat, index=test.index[some])
     ours = np.asarray(report.models[0].examples["by"]) == -1
-    assert 3 < held.sum() < 25 and np.sum(ours != held) <= 2 and ours.sum() <= held.sum() + 1
+    assert np.sum(ours != held[some]) <= 1

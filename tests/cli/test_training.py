@@ -268,6 +268,7 @@ def test_a_small_demo(cli, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_the_demo_tells_the_two_networks_apart(cli, tmp_path):
     out = tmp_path / "demo"
     ran = cli("demo", "--out", out)

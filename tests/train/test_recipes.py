@@ -129,6 +129,7 @@ def test_hold_out_is_fixed_balanced_and_apart():
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_the_digits_recipes_learn_what_they_should():
     """Robustness has to be trained: PGD at the recipe's budget on the official test set."""
     source, validation, test = (data.load("digits", split) for split in ("train", "validation", "test"))
