@@ -243,7 +243,8 @@ def test_each_claim_takes_one_step(name, tmp_path_factory):
     shared = tmp_path_factory.getbasetemp().parent / "programs"  # claims train the same network; workers share them
     cache = {"JAX_COMPILATION_CACHE_DIR": str(shared), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     code = f"from jaxadv.cli import claims; print(claims.claims_run('.', {name!r}, smoke=True)['verdict'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | cache)
+    env = os.environ | cache
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().split("\n")[-1] in framework.VERDICTS
 

@@ -15,7 +15,7 @@ from jaxadv.train import record, terms, trainer
 
 CLASSES, ROWS = 3, 8
 OF_ATTACK = {"pgd_at": {}, "iat": {}, "advlc": {"top": 0.5}, "cost_sensitive": {"costs": 1 - np.eye(CLASSES)}}
-SHORT = {"grad_align": {"weight": 0.2}, "trades": {"steps": 2}, "mart": {"steps": 2}, "a3t": {"steps": 2}}
+SHORT = {name: {"steps": 2} for name in ("trades", "mart", "a3t", "dial", "cifs")} | {"grad_align": {"weight": 0.2}}
 MIXING = ("iat", "advlc")  # a row's loss depends on the other rows, of its shard where there are several
 WRAPPED = {
     "masked": lambda threat: train.masked(train.fgsm_at(threat), 0.4),
@@ -36,7 +36,7 @@ def build(name, threat=None):
 
 
 ALL = [*train.OBJECTIVES, *WRAPPED]
-KIN = ("fgsm_at", "fgsm_rs", "n_fgsm", "mart", "a3t", "advlc", "cost_sensitive", "masked")
+KIN = ("fgsm_at", "fgsm_rs", "n_fgsm", "mart", "a3t", "advlc", "cost_sensitive", "masked", "dial", "cifs")
 """Others stand for them in the default run where nothing of theirs differs."""
 
 table = pytest.mark.parametrize("name", ALL)
@@ -46,10 +46,17 @@ short_table = pytest.mark.parametrize(
 
 
 @functools.cache
-def network(norm="none"):
-    return models.create(
-        "mlp", jax.random.key(3), shape=(4, 4, 1), classes=CLASSES, widths=(8,), norm=norm, activation="silu"
-    )
+def network(norm="none", name=""):
+    """The network that an objective trains: most take any."""
+    key, shape = jax.random.key(3), (4, 4, 1)
+    net = models.create("mlp", key, shape=shape, classes=CLASSES, widths=(8,), norm=norm, activation="silu")
+    if name == "dial":
+        head = models.create("mlp", key, shape=(8,), classes=2, widths=(4,), norm=norm, activation="silu")
+        return models.branched(net, head, at="layers.1:in")
+    if name == "cifs":
+        sizes = {"channels": (3, 4), "hidden": 6, "gated": True, "norm": norm, "activation": "silu"}
+        return models.create("cnn_small", key, shape=shape, classes=CLASSES, **sizes)
+    return net
 
 
 def batch(n=ROWS, padded=0, seed=0):
@@ -68,7 +75,7 @@ def batch(n=ROWS, padded=0, seed=0):
 @functools.cache
 def compiled(name, norm):
     """Losses and metrics as the trainer sees them: bound to mask and shards."""
-    objective, net = build(name), network(norm)
+    objective, net = build(name), network(norm, name)
 
     def go(params, state, rows, key):
         losses, (state, metrics) = objective(trainer.bind(net.apply, rows["mask"], None), params, state, rows, key)
@@ -78,7 +85,7 @@ def compiled(name, norm):
 
 
 def answer(name, rows, norm="batch", *, seed=0, jit=True):
-    net = network(norm)
+    net = network(norm, name)
     return jax.device_get(compiled(name, norm)[jit](net.params, net.state, rows, jax.random.key(seed)))
 
 
@@ -93,10 +100,9 @@ def test_one_loss_and_one_number_of_each_metric_for_each_row_and_the_same_with_j
     losses, metrics, state = answer(name, rows)
     assert losses.shape == (ROWS,) and np.isfinite(losses).all() and (losses > 0).all()
     assert metrics and all(m.shape == (ROWS,) and np.isfinite(m).all() for m in metrics.values())
-    assert jax.tree.structure(state) == jax.tree.structure(network("batch").state)
-    assert all(
-        not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(network("batch").state))
-    )
+    before = network("batch", name).state
+    assert jax.tree.structure(state) == jax.tree.structure(before)
+    assert all(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(before)))
     same(answer(name, rows, jit=False), (losses, metrics, state))
     other = answer(name, rows, seed=1)[0]
     assert np.array_equal(other, losses) == (name in ("standard", "fgsm_at"))
@@ -128,8 +134,9 @@ def test_without_batch_statistics_a_row_does_not_see_the_others(name):
         same(half, whole[:4])
 
 
-def constant(params, state, x, *, bn="eval", key=None, mask=None, axis_name=None):
-    return jnp.zeros((x.shape[0], CLASSES)) + params["bias"][None] + 0 * x.reshape(len(x), -1)[:, :1], state
+def constant(params, state, x, *, bn="eval", key=None, mask=None, axis_name=None, taps=(), hints=None):
+    logits = jnp.zeros((x.shape[0], CLASSES)) + params["bias"][None] + 0 * x.reshape(len(x), -1)[:, :1]
+    return (logits, dict.fromkeys(taps, logits)) if taps else logits, state
 
 
 @short_table
@@ -147,7 +154,7 @@ def test_losses_and_gradients_are_finite_at_constant_models(name, size):
 def test_a_vanishing_budget_leaves_the_clean_examples(name):
     """Then the search returns the examples, and what compares two predictions sees no difference."""
     tiny = threats.linf(1e-12)
-    net, rows = network("none"), batch()
+    net, rows = network("none", name), batch()
     objective = build(name, tiny)
     find, loss = train.objectives.halves(objective)
     found = jax.jit(functools.partial(find, net.apply))(net.params, net.state, rows, jax.random.key(0))
@@ -168,14 +175,20 @@ def test_a_run_can_write_down_what_it_minimizes_and_know_it_again(name):
 
 
 EXECUTORS = [("shard_map", 4), ("jit", 4), ("pmap", 4), ("vmap", 4)]
-HEAVY = [pytest.param(*e, marks=[] if e[0] == "shard_map" else [pytest.mark.slow]) for e in EXECUTORS]
+PAIRS = [(name, *EXECUTORS[0]) for name in ALL] + [(name, *EXECUTORS[1 + i % 3]) for i, name in enumerate(ALL)]
+"""Every objective meets shard_map and, in turn, one of the other executors."""
 
 
-@short_table
-@pytest.mark.parametrize(("how", "devices"), HEAVY)
+@pytest.mark.parametrize(
+    ("name", "how", "devices"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.slow] if pair[0] in KIN or pair[1] != "shard_map" else [])
+        for pair in PAIRS
+    ],
+)
 def test_every_executor_takes_the_same_step(name, how, devices):
     """With batch norm and padding. What mixes rows finds other partners in a shard; it must run all the same."""
-    net, sgd = network("batch"), optax.sgd(0.1)
+    net, sgd = network("batch", name), optax.sgd(0.1)
     step = train.make_step(net.apply, build(name), sgd)
 
     def run(how, devices):
