@@ -1,13 +1,15 @@
-"""Store losses and gradients of the authors' codes of six objectives, for the parity test of ours.
+"""Store losses and gradients of the authors' codes of eight objectives, for the parity tests of ours.
 
 Needs torch; jaxadv is not imported. The codes are read from checkouts of yaodongyu/TRADES, YisenWang/MART,
-csdongxian/AWP, pdejorge/N-FGSM, tml-epfl/understanding-fast-adv-training and TreeLLi/Combating-RO-AdvLC and run as they
-are, on the CPU, in float64, on a small network with batch norm whose weights are written down here. The random starts
-are stored, so that the search can be repeated. The last three are no functions there: the lines of their training
-loops are cut out of the files.
+csdongxian/AWP, pdejorge/N-FGSM, tml-epfl/understanding-fast-adv-training, TreeLLi/Combating-RO-AdvLC, matanle51/DIAL
+and HanshuYAN/CIFS and run as they are, on the CPU, in float64, on small networks whose weights are written down here.
+The random starts are stored, so that the search can be repeated. N-FGSM, GradAlign and AdvLC are no functions there:
+the lines of their training loops are cut out of the files. The objectives that need a network of their own (DIAL, CIFS)
+go to a second file.
 
 Usage: python benchmarks/parity/objectives.py FOLDER tests/fixtures/objectives_torch.npz
-(FOLDER holds the checkouts TRADES, MART, AWP, N-FGSM, GradAlign, AdvLC)
+       tests/fixtures/objectives_torch2.npz
+(FOLDER holds the checkouts TRADES, MART, AWP, N-FGSM, GradAlign, AdvLC, DIAL, CIFS)
 """
 
 import copy
@@ -24,6 +26,7 @@ from torch.nn import functional
 EPS, STEP_SIZE, STEPS, BETA, WEIGHT, GAMMA = 0.1, 0.02, 5, 6.0, 5.0, {"at": 0.01, "trades": 0.005}
 TOP, CONSISTENCY, ALIGNMENT = 0.1, 0.3, 0.2
 FEATURES, HIDDEN, CLASSES, ROWS = 12, 10, 4, 9
+WIDTH, CHANNELS, DOMAIN, REVERSAL, GATES = 7, (4, 5), 6.0, 0.7, 2.0
 
 
 class Network(torch.nn.Module):
@@ -200,5 +203,108 @@ def main(folder: Path, path: str) -> None:
     print(f"{path}: {Path(path).stat().st_size} bytes, losses {told}")
 
 
+class Domains(Network):
+    """The network with the head of the authors of DIAL, and their reversal."""
+
+    def __init__(self, reverse):
+        super().__init__()
+        self.reverse = reverse
+        self.domain = torch.nn.Sequential(
+            torch.nn.Linear(HIDDEN, WIDTH), torch.nn.BatchNorm1d(WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, 2)
+        )
+
+    def forward(self, x, alpha=None):
+        """Logits, with `alpha` those of the head, too."""
+        features = torch.tanh(self.norm(self.first(x)))
+        if alpha is None:
+            return self.last(features)
+        return self.last(features), self.domain(self.reverse.apply(features, alpha))
+
+
+class Gated(torch.nn.Module):
+    """Two convolutions, each with one of the gates of the authors of CIFS; global mean, linear."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.conv1, self.gate1 = torch.nn.Conv2d(1, CHANNELS[0], 3), gate(CHANNELS[0], CLASSES, "nonlinear")
+        self.conv2, self.gate2 = torch.nn.Conv2d(*CHANNELS, 3), gate(CHANNELS[1], CLASSES, "linear")
+        self.linear = torch.nn.Linear(CHANNELS[1], CLASSES)
+
+    def forward(self, x, y=None):
+        """Logits, and those of the gates."""
+        x, first = self.gate1(torch.relu(self.conv1(x)), y)
+        x, second = self.gate2(torch.relu(self.conv2(x)), y)
+        return self.linear(x.mean((2, 3))), [first, second]
+
+
+def fill(net) -> None:
+    """Weights without any symmetry."""
+    with torch.no_grad():
+        for name, value in net.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(torch.randn(value.shape) * 0.6 if "var" not in name else 0.5 + torch.rand(value.shape))
+
+
+def keep(stored: dict, name: str, net, loss) -> None:
+    """A loss, its gradient and the statistics after it."""
+    net.zero_grad()
+    loss.backward()
+    stored[f"{name}/loss"] = loss.item()
+    stored |= {f"{name}/grad/{key}": value.grad.numpy().copy() for key, value in net.named_parameters()}
+    stored |= {
+        f"{name}/after/{key}": value.numpy().copy() for key, value in net.state_dict().items() if "running" in key
+    }
+
+
+def second(folder: Path, path: str) -> None:
+    """Run the codes that bring networks of their own, and write the file."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    code, functions = load(folder / "DIAL/dial.py", "dial"), load(folder / "DIAL/models/functions.py", "functions")
+    net = Domains(functions.ReverseLayerF)
+    fill(net)
+    stored = {f"dial/w.{key}": value.numpy().copy() for key, value in net.state_dict().items() if value.ndim}
+    x, y = torch.rand(ROWS, FEATURES), torch.randint(CLASSES, (ROWS,))
+    stored |= {"dial/x": x.numpy(), "dial/y": y.numpy().astype(np.int32)}
+    optimizer = SimpleNamespace(zero_grad=lambda: None)
+    for distance in ("kl", "ce"):
+        own, name = copy.deepcopy(net), f"dial_{distance}"
+        seen = watched(own)
+        stored[f"{name}/noise"] = noise(1, torch.randn, *x.shape)
+        torch.manual_seed(1)
+        loss, _ = code.dial_loss(
+            own, x, y, optimizer, step_size=STEP_SIZE, epsilon=EPS, perturb_steps=STEPS, beta=BETA,
+            distance=f"linf_{distance}", reversal_ratio=REVERSAL, domain_ratio=DOMAIN,
+        )  # fmt: skip
+        stored[f"{name}/found"] = seen[1].numpy()
+        keep(stored, name, own, loss)
+
+    scope = {"torch": torch, "nn": torch.nn, "F": functional, "autograd": torch.autograd}
+    for file, first, last in (
+        ("models/nets/resnet_CIFS.py", "class Global_Avg_Flatten", "param.requires_grad = requires_grad"),
+        ("CIFAR10_Res18_CIFS.py", "class joint_CE_loss", "return loss"),
+    ):
+        exec(compile(cut(folder / "CIFS" / file, first, last), file, "exec"), scope)
+    net = Gated(scope["CIFS"])
+    fill(net)
+    x, y = torch.rand(ROWS, 1, 6, 6), torch.randint(CLASSES, (ROWS,))
+    stored |= {f"cifs/w.{key}": value.numpy().copy() for key, value in net.state_dict().items()}
+    stored |= {"cifs/x": x.numpy(), "cifs/y": y.numpy().astype(np.int32)}
+    net.train()
+    keep(stored, "cifs", net, scope["joint_CE_loss"](beta=GATES)(net(x, y), y))
+    logits, scores = net.eval()(x)
+    stored |= {"cifs/logits": logits.detach().numpy(), "cifs/scores": torch.stack(scores).detach().numpy()}
+
+    stored = {key: np.asarray(value, np.float32) if np.asarray(value).dtype == np.float64 else value
+              for key, value in stored.items()}  # fmt: skip
+    np.savez_compressed(
+        path, eps=EPS, step_size=STEP_SIZE, steps=STEPS, beta=BETA, domain=DOMAIN, reversal=REVERSAL, gates=GATES,
+        **stored,
+    )  # fmt: skip
+    told = {key.split("/")[0]: float(value) for key, value in stored.items() if key.endswith("/loss")}
+    print(f"{path}: {Path(path).stat().st_size} bytes, losses {told}")
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    second(Path(sys.argv[1]), sys.argv[3])

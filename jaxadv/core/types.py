@@ -52,7 +52,8 @@ def static(**settings: Any) -> Any:
 class Trainable(NamedTuple):
     """A network as training sees it: a pure `apply` with its parameters and its mutable state.
 
-    `apply(params, state, x, *, bn='eval', bn_groups=1, axis_name=None, mask=None, key=None) -> (logits [b, k], state)`.
+    `apply(params, state, x, *, bn='eval', bn_groups=1, axis_name=None, mask=None, key=None, taps=(), hints=None) ->
+    (logits [b, k], state)`.
 
     | `bn` | statistics used | running statistics |
     | --- | --- | --- |
@@ -61,7 +62,9 @@ class Trainable(NamedTuple):
     | `'local'` | of the batch | unchanged |
 
     Batch statistics are global over `axis_name` (a mapped axis, or None) unless `bn_groups` > 1 asks for groups; rows
-    whose `mask` is False stay out of them. `key` feeds dropout and other noise; None means none.
+    whose `mask` is False stay out of them. `key` feeds dropout and other noise; None means none. With `taps`, names of
+    layers, the pair (logits, name to value) stands in the place of the logits; `hints` tells something to layers that
+    ask for it. A user's own `apply` needs the last two only where an objective uses them.
     """
 
     apply: Callable[..., tuple[Array, PyTree]]

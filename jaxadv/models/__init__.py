@@ -10,6 +10,9 @@ from jaxadv.models.adapt import from_nnx as from_nnx
 from jaxadv.models.adapt import model as model
 from jaxadv.models.adapt import pure as pure
 from jaxadv.models.adapt import trainable as trainable
+from jaxadv.models.branch import branched as branched
+from jaxadv.models.branch import grad_reverse as grad_reverse
+from jaxadv.models.branch import trunk as trunk
 from jaxadv.models.create import NETS as NETS
 from jaxadv.models.create import create as create
 from jaxadv.models.create import from_spec as from_spec

@@ -9,7 +9,7 @@ everything else is leaves, and the function itself is one function of this file.
 have the same tree structure, and a program compiled for one serves the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxadv.core import Model, Trainable, check
 from jaxadv.models.norms import BN_MODES, Call, configure
+from jaxadv.models.taps import recorded
 
 Partial = jax.tree_util.Partial
 _Path = tuple[Any, ...]
@@ -135,6 +136,8 @@ def apply(
     axis_name: Any = None,
     mask=None,
     key=None,
+    taps: Sequence[str] = (),
+    hints: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Call an NNX module as a pure function; `Trainable.apply` is this with the graph filled in.
 
@@ -151,12 +154,16 @@ def apply(
       axis_name: mapped axis over which batch statistics are global.
       mask: bool `[b]`; rows that are False are replaced by zeros at the input and stay out of the statistics.
       key: typed key of dropout; None switches dropout off.
+      taps: layers whose values are returned beside the logits, see `taps.recorded`.
+      hints: what layers that ask for it are told, by name, e.g. the labels (`channels.Gate`).
 
     Returns:
-      Logits `[b, k]` and the state: the given one unless `bn='train'`.
+      Logits `[b, k]` and the state: the given one unless `bn='train'`. With `taps`, the pair of the logits and a dict
+      from names to values in the place of the logits.
 
     Raises:
-      ValueError: on an unknown mode, groups that do not divide the batch, a mask of another shape, or foreign params.
+      ValueError: on an unknown mode, groups that do not divide the batch, a mask of another shape, foreign params, or
+        taps that name no layer.
     """
     check.choice("bn mode", bn, BN_MODES)
     check.whole("bn_groups", bn_groups)
@@ -170,14 +177,16 @@ def apply(
             )
         x = jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
     module = _merge(graph, params, state, key, axis_name)
-    configure(module, Call(bn, bn_groups, axis_name, mask, key))
-    logits = module(x)
+    configure(module, Call(bn, bn_groups, axis_name, mask, key, hints or {}))
+    with recorded(module, taps) as seen:
+        logits = module(x)
     if jnp.issubdtype(logits.dtype, jnp.floating):
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    out = (logits, seen()) if taps else logits
     if bn != "train" or not state:
-        return logits, state
+        return out, state
     new = {_text(path): value for path, value in _variables(module, nnx.Not(nnx.Param)).items()}
-    return logits, unflatten({path: new[path] for path in flatten(state)})
+    return out, unflatten({path: new[path] for path in flatten(state)})
 
 
 def trainable(module: Any) -> Trainable:

@@ -9,12 +9,14 @@ was built for refuses at trace time.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxadv.core import check
+from jaxadv.models.channels import gates
 from jaxadv.models.norms import NORMS
 
 ACTIVATIONS: dict[str, Callable] = {"relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -288,6 +290,7 @@ class SmallCNN(Net):
       norm: normalization after each convolution, `'batch'`, `'group'` or `'none'` (default, as published).
       activation: `'relu'` (default) or `'silu'`.
       init: `'torch'` (default, as published) or `'kaiming_normal'`.
+      gated: whether a channel gate follows each convolution's activation, see `channels.Gate`.
       rngs: randomness of the weights.
 
     References:
@@ -307,6 +310,7 @@ class SmallCNN(Net):
         norm="none",
         activation="relu",
         init="torch",
+        gated=False,
         rngs: nnx.Rngs,
     ):
         super().__init__(shape, classes, mean, std)
@@ -320,6 +324,7 @@ class SmallCNN(Net):
         self.dense1 = dense(side[0] * side[1] * second, hidden, init=init, rngs=rngs)
         self.dense2 = dense(hidden, classes, init=init, rngs=rngs)
         self.activation = check.choice("activation", activation, ACTIVATIONS)
+        self.gates = gates(gated, channels, classes, dense=partial(dense, init=init, rngs=rngs))
 
     @staticmethod
     def _grid(shape) -> tuple[int, int]:
@@ -332,8 +337,8 @@ class SmallCNN(Net):
 
     def forward(self, x):
         """Return logits from the normalized input."""
-        x = self.activation(self.norm1(self.conv1(x)))
-        x = self.activation(self.norm2(self.conv2(x)))
+        x = self.gates[0](self.activation(self.norm1(self.conv1(x))))
+        x = self.gates[1](self.activation(self.norm2(self.conv2(x))))
         x = self.activation(self.dense1(x.reshape(x.shape[0], -1)))
         return self.dense2(x)
 

@@ -10,7 +10,8 @@ outlives the call. A layer that nobody configured behaves as in evaluation.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ class Call:
       axis_name: mapped axis (or tuple of axes) over which batch statistics are global; None for none.
       mask: bool `[b]`, rows that are False stay out of batch statistics; None for all rows.
       key: typed key of dropout; None switches dropout off.
+      hints: what an objective tells the layers that ask for it, by name.
     """
 
     bn: str = "eval"
@@ -41,6 +43,7 @@ class Call:
     axis_name: Any = None
     mask: Any = None
     key: Any = None
+    hints: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Layer(nnx.Module):

@@ -11,10 +11,13 @@
 `'raw'` feeds the projection shortcut with the block's input, `'preact'` with the normalized and activated input.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxadv.core import check
+from jaxadv.models.channels import gates
 from jaxadv.models.nets import ACTIVATIONS, Net, conv, dense, image_shape, normalizer
 from jaxadv.models.norms import Dropout
 
@@ -79,6 +82,7 @@ class ResNet(Net):
         activation,
         dropout,
         stem_stride,
+        gated,
         init,
         rngs: nnx.Rngs,
     ):
@@ -107,6 +111,7 @@ class ResNet(Net):
                 channels, tag = width, tag + 1
             setattr(self, f"layer{stage}", nnx.List(blocks))
         self.stages = len(widths)
+        self.gates = gates(gated, (channels,) * depths[-1], classes, dense=partial(dense, init=init, rngs=rngs))
         self.final_norm = final_norm
         if final_norm:
             self.bn = normalizer(channels, norm)
@@ -116,9 +121,11 @@ class ResNet(Net):
     def forward(self, x):
         """Return logits from the normalized input."""
         x = self.conv1(x)
-        for stage in range(1, self.stages + 1):
+        for stage in range(1, self.stages):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x)
+        for block, gate in zip(getattr(self, f"layer{self.stages}"), self.gates):
+            x = gate(block(x))
         if self.final_norm:
             x = self.activation(self.bn(x))
         return self.linear(x.mean((1, 2)))
@@ -139,6 +146,7 @@ class PreActResNet18(ResNet):
       activation: `'relu'` (default) or `'silu'`.
       dropout: rate between the convolutions of a block; acts only if `apply` gets a key.
       stem_stride: stride of the first convolution (1 as published).
+      gated: whether a channel gate follows each block of the last stage, see `channels.Gate`.
       init: `'torch'` (default, as fast_adversarial, Rice et al. and AWP) or `'kaiming_normal'` (GradAlign).
       rngs: randomness of the weights.
 
@@ -161,6 +169,7 @@ class PreActResNet18(ResNet):
         activation="relu",
         dropout=0.0,
         stem_stride=1,
+        gated=False,
         init="torch",
         rngs: nnx.Rngs,
     ):
@@ -181,6 +190,7 @@ class PreActResNet18(ResNet):
             activation=activation,
             dropout=dropout,
             stem_stride=stem_stride,
+            gated=gated,
             init=init,
             rngs=rngs,
         )
@@ -202,6 +212,7 @@ class WideResNet(ResNet):
       activation: `'relu'` (default) or `'silu'` (Gowal et al. 2020).
       dropout: rate between the convolutions of a block (N-FGSM: 0.3); acts only if `apply` gets a key.
       stem_stride: stride of the first convolution (1 as published).
+      gated: whether a channel gate follows each block of the last stage, see `channels.Gate`.
       init: `'torch'` (default) or `'kaiming_normal'` (TRADES).
       rngs: randomness of the weights.
 
@@ -225,6 +236,7 @@ class WideResNet(ResNet):
         activation="relu",
         dropout=0.0,
         stem_stride=1,
+        gated=False,
         init="torch",
         rngs: nnx.Rngs,
     ):
@@ -247,6 +259,7 @@ class WideResNet(ResNet):
             activation=activation,
             dropout=dropout,
             stem_stride=stem_stride,
+            gated=gated,
             init=init,
             rngs=rngs,
         )

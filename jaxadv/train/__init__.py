@@ -7,6 +7,8 @@ a validation set with an attack that it is given; real evaluation is another roo
 from collections.abc import Callable
 
 from jaxadv.core.types import Objective
+from jaxadv.train import channels as channels
+from jaxadv.train import domains as domains
 from jaxadv.train import perturbed as perturbed
 from jaxadv.train import recipes as recipes
 from jaxadv.train import regularized as regularized
@@ -16,8 +18,12 @@ from jaxadv.train.augment import AUGMENTATIONS as AUGMENTATIONS
 from jaxadv.train.augment import chain as chain
 from jaxadv.train.augment import crop as crop
 from jaxadv.train.augment import flip as flip
+from jaxadv.train.channels import cifs as cifs
+from jaxadv.train.channels import joint_model as joint_model
 from jaxadv.train.checkpoint import CheckpointError as CheckpointError
 from jaxadv.train.checkpoint import Checkpoints as Checkpoints
+from jaxadv.train.domains import dial as dial
+from jaxadv.train.domains import with_domains as with_domains
 from jaxadv.train.driver import Collapse as Collapse
 from jaxadv.train.driver import Interrupted as Interrupted
 from jaxadv.train.driver import fit as fit
@@ -66,6 +72,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "iat": iat,
     "advlc": advlc,
     "cost_sensitive": cost_sensitive,
+    "dial": dial,
+    "cifs": cifs,
 }
 """Name to a function that builds the objective; its first argument is a threat, or an attack (`pgd_at`, `iat`, `advlc`,
 `cost_sensitive`), or nothing (`standard`)."""

@@ -151,18 +151,20 @@ def _find(apply, params, state, batch, key, *, attack, guide, growth, bn_attack)
     return batch | {"found": lax.stop_gradient(result.x)}
 
 
-def _loss(apply, params, state, batch, key, *, loss, points, running, bn):
+def _loss(apply, params, state, batch, key, *, loss, points, running, bn, taps=(), hints=None):
     """Logits at the points, in the order of the passes that move running statistics, and the loss of each row.
 
     The key feeds dropout, anew for each point and in each part of a batch.
     """
-    logits = {}
+    logits, settings = {}, ({"taps": taps} if taps else {}) | ({"hints": hints(batch)} if hints else {})
     for name in (*running, *(p for p in points if p not in running)):
         noise = jax.random.fold_in(jax.random.fold_in(key, 1 + points.index(name)), batch["index"][0])
         mode = bn if name in running or bn == "eval" else "local"
-        logits[name], state = apply(params, state, batch[POINTS[name]], bn=mode, key=noise)
+        out, state = apply(params, state, batch[POINTS[name]], bn=mode, key=noise, **settings)
+        logits[name], seen = out if taps else (out, {})
+        logits |= {(name, tap): value for tap, value in seen.items()}
         check.logits(logits[name], batch["x"].shape[0])
-    metrics = {name: robust(z, batch["y"]).astype(jnp.float32) for name, z in logits.items()}
+    metrics = {name: robust(logits[name], batch["y"]).astype(jnp.float32) for name in points}
     return loss(logits, batch), (state, metrics)
 
 
@@ -197,6 +199,8 @@ def adversarial(
     growth: Callable | None = None,
     bn_attack: str = "eval",
     bn: str = "train",
+    taps: Sequence[str] = (),
+    hints: Callable | None = None,
 ) -> Adversarial:
     """Build an objective from its axes: an attack, what guides it, and a loss of the logits at both points.
 
@@ -214,6 +218,8 @@ def adversarial(
         the batch, as Madry's, Wong's and Rice's codes; they also update the running statistics at every attack step,
         which is an artifact and not offered: the attack's gradients do not depend on it).
       bn: batch norm of the training passes.
+      taps: layers whose values the loss gets, too, as `logits[point, tap]`; see `models.apply`.
+      hints: `batch -> dict`, what layers that ask for it are told in the training passes.
 
     Returns:
       The objective; metrics: for each point, whether it is classified correctly.
@@ -241,7 +247,7 @@ def adversarial(
         check.choice("pass in running", name, points)
     return Adversarial(
         partial(_find, attack=attack, guide=guide, growth=growth, bn_attack=bn_attack),
-        partial(_loss, loss=loss, points=points, running=running, bn=bn),
+        partial(_loss, loss=loss, points=points, running=running, bn=bn, taps=tuple(taps), hints=hints),
     )
 
 

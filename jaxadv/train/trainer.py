@@ -18,7 +18,7 @@ import optax
 from jax import lax
 
 from jaxadv import parallel
-from jaxadv.core import Attack, Objective, PyTree, Trainable, canonical, check, example_keys, robust
+from jaxadv.core import Attack, Objective, PyTree, Trainable, canonical, check, example_keys, robust, rows
 from jaxadv.train.objectives import frozen
 
 PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
@@ -99,8 +99,8 @@ def in_precision(apply: Callable, precision: str = "float32", bn_groups: int = 1
             settings["bn_groups"] = bn_groups
         if dtype is None:
             return apply(params, state, x, bn=bn, **settings)
-        logits, new = apply(_cast(params, dtype), state, x.astype(dtype), bn=bn, **settings)
-        return logits.astype(jnp.float32), jax.tree.map(lambda a, b: a.astype(jnp.result_type(b)), new, state)
+        out, new = apply(_cast(params, dtype), state, x.astype(dtype), bn=bn, **settings)
+        return _cast(out, jnp.float32), jax.tree.map(lambda a, b: a.astype(jnp.result_type(b)), new, state)
 
     return applied
 
@@ -117,14 +117,14 @@ def bind(apply: Callable, mask, axis_name) -> Callable:
       axis_name: the mapped axis of the executor, or None.
 
     Returns:
-      `apply(params, state, x, *, bn, key)` as objectives call it.
+      `apply(params, state, x, *, bn, key, taps, hints)` as objectives call it.
     """
 
-    def bound(params, state, x, *, bn="eval", key=None):
+    def bound(params, state, x, *, bn="eval", key=None, **settings):
         if bn == "eval":
-            return apply(params, state, x, bn=bn, key=key)
-        logits, new = apply(params, state, x, bn=bn, key=key, mask=mask, axis_name=axis_name)
-        return jnp.where(mask[:, None], logits, lax.stop_gradient(logits)), new
+            return apply(params, state, x, bn=bn, key=key, **settings)
+        out, new = apply(params, state, x, bn=bn, key=key, mask=mask, axis_name=axis_name, **settings)
+        return rows.select(mask, out, lax.stop_gradient(out)), new
 
     return bound
 
