@@ -12,6 +12,7 @@ from jaxadv.train import domains as domains
 from jaxadv.train import perturbed as perturbed
 from jaxadv.train import recipes as recipes
 from jaxadv.train import regularized as regularized
+from jaxadv.train import saliency as saliency
 from jaxadv.train import starts as starts
 from jaxadv.train import terms as terms
 from jaxadv.train.augment import AUGMENTATIONS as AUGMENTATIONS
@@ -46,6 +47,7 @@ from jaxadv.train.regularized import cost_sensitive as cost_sensitive
 from jaxadv.train.regularized import iat as iat
 from jaxadv.train.regularized import mart as mart
 from jaxadv.train.regularized import trades as trades
+from jaxadv.train.saliency import jsigr as jsigr
 from jaxadv.train.schedules import SCHEDULES as SCHEDULES
 from jaxadv.train.starts import started as started
 from jaxadv.train.terms import grad_align as grad_align
@@ -74,6 +76,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "cost_sensitive": cost_sensitive,
     "dial": dial,
     "cifs": cifs,
+    "jsigr": jsigr,
 }
 """Name to a function that builds the objective; its first argument is a threat, or an attack (`pgd_at`, `iat`, `advlc`,
-`cost_sensitive`), or nothing (`standard`)."""
+`cost_sensitive`), or nothing (`standard`, `jsigr`)."""

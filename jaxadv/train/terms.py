@@ -50,8 +50,20 @@ def plus(objective: Objective, term: Callable, weight: float, *, name: str = "pe
     return Adversarial(find, partial(_sum, loss=loss, term=term, weight=weight, name=name) if weight else loss)
 
 
-def _slope(apply, params, state, x, batch, bn):
-    """Gradient of the cross-entropy at some points, row by row; differentiable."""
+def input_gradient(apply, params, state, x, batch, bn: str):
+    """Return the gradient of the cross-entropy at some points, row by row; differentiable.
+
+    Args:
+      apply: of a `Trainable`.
+      params: its parameters.
+      state: its state.
+      x: `[b, ...]` the points.
+      batch: with the labels `y`.
+      bn: batch norm, `'local'` or `'eval'`.
+
+    Returns:
+      `[b, ...]`.
+    """
 
     def total(x):
         return jnp.sum(losses.cross_entropy(apply(params, state, x, bn=bn)[0], batch["y"]))
@@ -74,8 +86,8 @@ def _anywhere(threat, keys, x):
 
 def _alignment(apply, params, state, batch, key, *, threat, start, bn):
     near = start(threat, example_keys(key, "alignment", batch["index"]), batch["x"])
-    first, some = _unit(lax.stop_gradient(_slope(apply, params, state, batch["x"], batch, bn)))
-    second, more = _unit(_slope(apply, params, state, near, batch, bn))
+    first, some = _unit(lax.stop_gradient(input_gradient(apply, params, state, batch["x"], batch, bn)))
+    second, more = _unit(input_gradient(apply, params, state, near, batch, bn))
     return jnp.where(some & more, 1 - jnp.sum(first * second, axis=-1), 0)
 
 

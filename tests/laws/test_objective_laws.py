@@ -16,6 +16,7 @@ from jaxadv.train import record, terms, trainer
 CLASSES, ROWS = 3, 8
 OF_ATTACK = {"pgd_at": {}, "iat": {}, "advlc": {"top": 0.5}, "cost_sensitive": {"costs": 1 - np.eye(CLASSES)}}
 SHORT = {name: {"steps": 2} for name in ("trades", "mart", "a3t", "dial", "cifs")} | {"grad_align": {"weight": 0.2}}
+NO_SEARCH = {"standard": {}, "jsigr": {"size": 2, "top": 0.5}}
 MIXING = ("iat", "advlc")  # a row's loss depends on the other rows, of its shard where there are several
 WRAPPED = {
     "masked": lambda threat: train.masked(train.fgsm_at(threat), 0.4),
@@ -28,15 +29,15 @@ def build(name, threat=None):
     threat = threats.l2(0.5) if threat is None else threat
     if name in WRAPPED:
         return WRAPPED[name](threat)
-    if name == "standard":
-        return train.standard()
+    if name in NO_SEARCH:
+        return train.OBJECTIVES[name](**NO_SEARCH[name])
     if name in OF_ATTACK:
         return train.OBJECTIVES[name](attacks.pgd(threat, steps=2, keep="last"), **OF_ATTACK[name])
     return train.OBJECTIVES[name](threat, **SHORT.get(name, {}))
 
 
 ALL = [*train.OBJECTIVES, *WRAPPED]
-KIN = ("fgsm_at", "fgsm_rs", "n_fgsm", "mart", "a3t", "advlc", "cost_sensitive", "masked", "dial", "cifs")
+KIN = ("fgsm_at", "fgsm_rs", "n_fgsm", "mart", "a3t", "advlc", "cost_sensitive", "masked", "dial", "cifs", "jsigr")
 """Others stand for them in the default run where nothing of theirs differs."""
 
 table = pytest.mark.parametrize("name", ALL)
@@ -158,7 +159,7 @@ def test_a_vanishing_budget_leaves_the_clean_examples(name):
     objective = build(name, tiny)
     find, loss = train.objectives.halves(objective)
     found = jax.jit(functools.partial(find, net.apply))(net.params, net.state, rows, jax.random.key(0))
-    if name != "standard":
+    if name not in NO_SEARCH:
         np.testing.assert_allclose(found["found"], rows["x"], atol=1e-6)
     if name in ("pgd_at", "fgsm_at", "fgsm_rs", "n_fgsm", "a3t", "trades", "advlc"):
         got = loss(net.apply, net.params, net.state, found, jax.random.key(0))[0]
@@ -170,7 +171,7 @@ def test_a_vanishing_budget_leaves_the_clean_examples(name):
 def test_a_run_can_write_down_what_it_minimizes_and_know_it_again(name):
     first, again = (record.describe(build(name)) for _ in range(2))
     assert json.loads(json.dumps(first)) == again
-    if name != "standard":
+    if name not in NO_SEARCH:
         assert record.differences(first, record.describe(build(name, threats.linf(0.03))))
 
 
