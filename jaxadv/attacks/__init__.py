@@ -14,6 +14,16 @@ from jaxadv.attacks.autoattack import autoattack as autoattack
 from jaxadv.attacks.autoattack import transfer as transfer
 from jaxadv.attacks.blackbox import SquareAttack as SquareAttack
 from jaxadv.attacks.blackbox import square as square
+from jaxadv.attacks.decisions import Boundary as Boundary
+from jaxadv.attacks.decisions import Decision as Decision
+from jaxadv.attacks.decisions import GeoDA as GeoDA
+from jaxadv.attacks.decisions import HopSkipJump as HopSkipJump
+from jaxadv.attacks.decisions import SignOPT as SignOPT
+from jaxadv.attacks.decisions import Walk as Walk
+from jaxadv.attacks.decisions import boundary as boundary
+from jaxadv.attacks.decisions import geoda as geoda
+from jaxadv.attacks.decisions import hopskipjump as hopskipjump
+from jaxadv.attacks.decisions import signopt as signopt
 from jaxadv.attacks.estimates import Estimated as Estimated
 from jaxadv.attacks.estimates import estimated as estimated
 from jaxadv.attacks.estimates import estimating as estimating
@@ -40,6 +50,8 @@ from jaxadv.attacks.minimum import fmn as fmn
 from jaxadv.attacks.minimum import nearest as nearest
 from jaxadv.attacks.minimum import newtonfool as newtonfool
 from jaxadv.attacks.minimum import within as within
+from jaxadv.attacks.noise import SaltAndPepper as SaltAndPepper
+from jaxadv.attacks.noise import salt_and_pepper as salt_and_pepper
 from jaxadv.attacks.optimizers import adam_pgd as adam_pgd
 from jaxadv.attacks.scale import scaled as scaled
 from jaxadv.attacks.scores import OnePixel as OnePixel
@@ -109,5 +121,10 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "zoo": zoo,
     "simba": simba,
     "one_pixel": one_pixel,
+    "hopskipjump": hopskipjump,
+    "boundary": boundary,
+    "geoda": geoda,
+    "signopt": signopt,
+    "salt_and_pepper": salt_and_pepper,
 }
 """Attacks by name, each a function of a threat."""
