@@ -22,6 +22,8 @@ from jaxadv.evaluate.report import load as load
 from jaxadv.evaluate.report import merge as merge
 from jaxadv.evaluate.slots import Server as Server
 from jaxadv.evaluate.slots import drain as drain
+from jaxadv.evaluate.transfers import TransferTable as TransferTable
+from jaxadv.evaluate.transfers import transfer_table as transfer_table
 from jaxadv.evaluate.verdict import Verdict as Verdict
 from jaxadv.evaluate.verdict import logits_of as logits_of
 from jaxadv.evaluate.verdict import verify as verify

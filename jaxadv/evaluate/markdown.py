@@ -194,8 +194,17 @@ def _cell(words: Any) -> str:
     return str(words).replace("|", "\\|").replace("\n", " ")
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return the lines of a table.
+
+    Args:
+      head: one name for each column.
+      rows: their cells. Bars and line breaks are escaped.
+
+    Returns:
+      The lines, with an empty one at the end.
+    """
+    lines = ["| " + " | ".join(map(_cell, head)) + " |", "|" + " --- |" * len(head)]
     return lines + ["| " + " | ".join(_cell(c) for c in row) + " |" for row in rows] + [""]
 
 
@@ -212,7 +221,7 @@ def _model(model: ModelReport) -> list[str]:
         for a in model.attacks
     ]
     words = carried_words(model)
-    out += ["", *_table(head, rows), " ".join(w for w in (spent_words(model), search_words(model), words) if w), ""]
+    out += ["", *table(head, rows), " ".join(w for w in (spent_words(model), search_words(model), words) if w), ""]
     if model.curve:
         points = [
             [
@@ -224,7 +233,7 @@ def _model(model: ModelReport) -> list[str]:
             ]
             for p in model.curve
         ]
-        out += _table(["eps", "robust accuracy", "95 % interval", "broken", "of these carried over"], points)
+        out += table(["eps", "robust accuracy", "95 % interval", "broken", "of these carried over"], points)
     if model.targeted:
         rate = percent(model.targeted["success_rate"])
         out += [
@@ -256,9 +265,9 @@ def render(report: Report) -> str:
         rows.append([*row, ", ".join(f.name for f in m.flags) or "none"])
     threats = list(dict.fromkeys(threat_words(m.threat) for m in report.models))
     out = ["# Robustness report", "", f"Data: {data_words(report.data)}.", ""]
-    out += [f"Threat: {'; '.join(threats)}.", "", *_table(head, rows)]
+    out += [f"Threat: {'; '.join(threats)}.", "", *table(head, rows)]
     if len(report.models) > 1:
-        out += _table(list(COMPARED), compared(report.models))
+        out += table(COMPARED, compared(report.models))
     for model in report.models:
         out += _model(model)
     out += ["## How to read this", ""]
