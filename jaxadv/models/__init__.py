@@ -4,6 +4,7 @@
 evaluation take. Input normalization sits inside the network, so budgets are always in the range of the data.
 """
 
+from jaxadv.models.adapt import features as features
 from jaxadv.models.adapt import from_equinox as from_equinox
 from jaxadv.models.adapt import from_linen as from_linen
 from jaxadv.models.adapt import from_nnx as from_nnx

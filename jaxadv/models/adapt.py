@@ -242,6 +242,26 @@ def model(trainable: Trainable) -> Model:
     return Partial(_logits, fn, trainable.params, trainable.state)
 
 
+def _value(apply_fn, tap: Static, params, state, x):
+    (_, seen), _ = apply_fn(params, state, x, bn="eval", taps=tap.values)
+    (value,) = seen.values()
+    return value.reshape(x.shape[0], -1)
+
+
+def features(trainable: Trainable, *, at: str) -> Model:
+    """Return what passes through a layer of a network in evaluation, as a function of the input.
+
+    Args:
+      trainable: a network whose `apply` knows `taps`.
+      at: one tap, see `apply`: `'linear:in'` is what the layer `linear` is given.
+
+    Returns:
+      Flat features `[b, d]` from a batch, as a callable pytree.
+    """
+    fn = trainable.apply if isinstance(trainable.apply, Partial) else Partial(trainable.apply)
+    return Partial(_value, fn, Static(at), trainable.params, trainable.state)
+
+
 def pure(fn: Any, *variables: Any) -> Model:
     """Take a function `fn(*variables, x) -> logits` as a model.
 

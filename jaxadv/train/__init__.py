@@ -9,6 +9,7 @@ from collections.abc import Callable
 from jaxadv.core.types import Objective
 from jaxadv.train import channels as channels
 from jaxadv.train import domains as domains
+from jaxadv.train import latent as latent
 from jaxadv.train import perturbed as perturbed
 from jaxadv.train import recipes as recipes
 from jaxadv.train import regularized as regularized
@@ -28,6 +29,8 @@ from jaxadv.train.domains import with_domains as with_domains
 from jaxadv.train.driver import Collapse as Collapse
 from jaxadv.train.driver import Interrupted as Interrupted
 from jaxadv.train.driver import fit as fit
+from jaxadv.train.latent import climb as climb
+from jaxadv.train.latent import ladder as ladder
 from jaxadv.train.objectives import Adversarial as Adversarial
 from jaxadv.train.objectives import adversarial as adversarial
 from jaxadv.train.objectives import fgsm_at as fgsm_at
@@ -77,6 +80,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "dial": dial,
     "cifs": cifs,
     "jsigr": jsigr,
+    "ladder": ladder,
 }
 """Name to a function that builds the objective; its first argument is a threat, or an attack (`pgd_at`, `iat`, `advlc`,
-`cost_sensitive`), or nothing (`standard`, `jsigr`)."""
+`cost_sensitive`, `ladder`), or nothing (`standard`, `jsigr`)."""

@@ -14,7 +14,13 @@ from jaxadv.core import Trainable
 from jaxadv.train import record, terms, trainer
 
 CLASSES, ROWS = 3, 8
-OF_ATTACK = {"pgd_at": {}, "iat": {}, "advlc": {"top": 0.5}, "cost_sensitive": {"costs": 1 - np.eye(CLASSES)}}
+OF_ATTACK = {
+    "pgd_at": {},
+    "iat": {},
+    "ladder": {},
+    "advlc": {"top": 0.5},
+    "cost_sensitive": {"costs": 1 - np.eye(CLASSES)},
+}
 SHORT = {name: {"steps": 2} for name in ("trades", "mart", "a3t", "dial", "cifs")} | {"grad_align": {"weight": 0.2}}
 NO_SEARCH = {"standard": {}, "jsigr": {"size": 2, "top": 0.5}}
 MIXING = ("iat", "advlc")  # a row's loss depends on the other rows, of its shard where there are several
@@ -37,7 +43,20 @@ def build(name, threat=None):
 
 
 ALL = [*train.OBJECTIVES, *WRAPPED]
-KIN = ("fgsm_at", "fgsm_rs", "n_fgsm", "mart", "a3t", "advlc", "cost_sensitive", "masked", "dial", "cifs", "jsigr")
+KIN = (
+    "fgsm_at",
+    "fgsm_rs",
+    "n_fgsm",
+    "mart",
+    "a3t",
+    "advlc",
+    "cost_sensitive",
+    "masked",
+    "dial",
+    "cifs",
+    "jsigr",
+    "ladder",
+)
 """Others stand for them in the default run where nothing of theirs differs."""
 
 table = pytest.mark.parametrize("name", ALL)
