@@ -197,6 +197,8 @@ def _section(record: dict[str, Any]) -> list[str]:
     ]
     for key, values in record["numbers"].items():
         mean, low, high = record["intervals"][key]
+        if key.endswith("%"):  # Student's t knows nothing of the ends of a share
+            low, high = max(low, 0.0), min(high, 100.0)
         each = ", ".join(_number(v) for v in values)
         lines.append(f"| {key} | {_number(mean)} | {_number(low)} to {_number(high)} | {each} |")
     lines += [
