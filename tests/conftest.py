@@ -2,7 +2,7 @@
 
 Also house rules: laws and spine carry the mark `corner`; with `--strict-durations` a test that computes for more than
 five seconds without the mark `slow` fails the run; and XLA compiles quickly rather than well, because most tests
-compile for longer than they compute (`--compile=full` compiles as users do; CI runs `corner` so).
+compile for longer than they compute (`--compile=full` compiles as users do; CI runs `heavy` so).
 """
 
 import os
