@@ -29,6 +29,7 @@ from jaxadv.train.domains import with_domains as with_domains
 from jaxadv.train.driver import Collapse as Collapse
 from jaxadv.train.driver import Interrupted as Interrupted
 from jaxadv.train.driver import fit as fit
+from jaxadv.train.free import free as free
 from jaxadv.train.latent import climb as climb
 from jaxadv.train.latent import ladder as ladder
 from jaxadv.train.objectives import Adversarial as Adversarial

@@ -80,6 +80,7 @@ class _Settings:
 
     steps: int
     batch_size: int
+    replays: int
     attack: Attack | None
     validation: Any
     validate_every: int
@@ -122,6 +123,7 @@ def fit(
     accumulate: int = 1,
     bn_groups: int = 1,
     gradient: Callable = grad_fn,
+    replays: int = 1,
     how: str = "jit",
     mesh: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -152,7 +154,9 @@ def fit(
       precision: `'float32'`, or `'bfloat16'` inside the network only (parameters, optimizer and losses stay float32).
       accumulate: compute each gradient in so many parts, to save memory.
       bn_groups: groups of the batch with batch statistics of their own.
-      gradient: objective to gradient function; see `grad_fn`.
+      gradient: objective to gradient function; see `grad_fn`. If it has an attribute `carry`, a function of the shape
+        `(batch_size, ...)` of a batch, the state carries what that returns for each row; see `free`.
+      replays: number of steps in a row that get the same minibatch; `steps` counts them all.
       how: executor, see `parallel.compile_step`.
       mesh: the devices; None is one.
       checkpoint: folder for checkpoints and `metrics.jsonl`; None keeps nothing.
@@ -176,6 +180,7 @@ def fit(
         data,
         steps=steps,
         batch_size=batch_size,
+        replays=replays,
         attack=attack,
         validation=validation,
         validate_every=validate_every,
@@ -187,9 +192,11 @@ def fit(
         callbacks=tuple(callbacks),
     )
     parts = {"gradient": gradient, "accumulate": accumulate, "precision": precision, "bn_groups": bn_groups}
-    parts |= {"ema": ema, "ema_warmup": ema_warmup, "augment": augment}
+    parts |= {"ema": ema, "ema_warmup": ema_warmup, "augment": augment, "replays": replays}
     step = make_step(trainable.apply, objective, optimizer, **parts)
-    start = init(key, trainable, optimizer, ema=ema is not None)
+    carries = getattr(gradient, "carry", None)
+    carry = None if carries is None else carries((batch_size, *data.shape))
+    start = init(key, trainable, optimizer, ema=ema is not None, carry=carry)
     config = {} if checkpoint is None else _config(key, settings, data, start, objective, optimizer, parts)
     compiled = parallel.compile_step(step, how=how, mesh=mesh)
     judges = {
@@ -205,6 +212,7 @@ def _settings(data, *, validate_every, save_every, **given) -> _Settings:
     steps, batch_size, collapse = given["steps"], given["batch_size"], given["collapse"]
     check.whole("steps", steps)
     check.whole("batch_size", batch_size)
+    check.whole("replays", given["replays"])
     check.whole("log_every", given["log_every"])
     if len(data) == 0:
         raise ValueError("data must hold at least one example; got an empty source. An empty selection?")
@@ -406,12 +414,15 @@ class _Loop:
         given = self.settings
         seed = int(jax.random.bits(purpose(self.key, "order"), dtype=jnp.uint32))
         process = (jax.process_index(), jax.process_count())
-        stream = data_room.batches(self.data, given.batch_size, seed=seed, start=start, process=process)
-        done = start
+        first = start // given.replays
+        stream = data_room.batches(self.data, given.batch_size, seed=seed, start=first, process=process)
+        batch, done = None, start
         self.clock = time.perf_counter()
         with contextlib.closing(stream):
             while done < given.steps and not self.facts.stopped:
-                self.state, metrics = self.compiled(self.state, next(stream))
+                if batch is None or done % given.replays == 0:
+                    batch = next(stream)
+                self.state, metrics = self.compiled(self.state, batch)
                 self.pending.append(metrics)
                 done += 1
                 self._after(done)

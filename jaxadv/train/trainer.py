@@ -35,6 +35,8 @@ class TrainState(NamedTuple):
       state: other variables of the network (running statistics).
       opt_state: of the optax optimizer.
       ema: average of the parameters, or None.
+      carry: what gradient functions such as `free` keep for each row of a batch from step to step, `[batch_size, ...]`,
+        or None. Every device holds all of it; row i belongs to place i of the global batch.
     """
 
     step: Any
@@ -43,6 +45,7 @@ class TrainState(NamedTuple):
     state: PyTree
     opt_state: PyTree
     ema: PyTree
+    carry: PyTree = None
 
 
 class Gradient(NamedTuple):
@@ -53,12 +56,14 @@ class Gradient(NamedTuple):
       count: float32 number of rows that are not padding.
       state: the network's other variables after the pass.
       sums: name to the sum over rows of a metric; `loss` among them.
+      carry: what the local rows hand on to the next step, or None; they were given theirs as `batch["carry"]`.
     """
 
     total: PyTree
     count: Any
     state: PyTree
     sums: dict[str, Any]
+    carry: PyTree = None
 
 
 def purpose(key, name: str):
@@ -129,6 +134,47 @@ def bind(apply: Callable, mask, axis_name) -> Callable:
     return bound
 
 
+def summed(objective: Objective, apply, params, state, batch, key, axis_name=None):
+    """Sum an objective over the local rows that are not padding: what gradient functions differentiate.
+
+    Args:
+      objective: per-example losses; see `core.Objective`.
+      apply: of a `Trainable`.
+      params: the parameters, marked as varying over the mapped axis.
+      state: the network's other variables.
+      batch: the local rows.
+      key: of the step.
+      axis_name: the mapped axis of the executor, or None.
+
+    Returns:
+      (summed loss, (new state, summed metrics with the loss)).
+
+    Raises:
+      ValueError: if the objective does not return one loss for each row.
+    """
+    mask = batch["mask"]
+    losses, (new, metrics) = objective(bind(apply, mask, axis_name), params, state, batch, key)
+    if losses.shape != mask.shape:
+        raise ValueError(
+            f"an objective must return one loss for each of the {mask.shape[0]} rows; "
+            f"got shape {losses.shape}. Leave out the mean: the trainer divides by the number of rows."
+        )
+    sums = {name: jnp.sum(jnp.where(mask, value, 0)) for name, value in {"loss": losses, **metrics}.items()}
+    return sums["loss"], (new, sums)
+
+
+def counted(mask):
+    """Count the rows that are not padding.
+
+    Args:
+      mask: bool `[b]`.
+
+    Returns:
+      float32 scalar.
+    """
+    return jnp.sum(mask.astype(jnp.float32))
+
+
 def grad_fn(objective: Objective) -> Callable[..., Gradient]:
     """Turn an objective into a function that gives summed gradients and a count: the trainer's seam.
 
@@ -144,20 +190,11 @@ def grad_fn(objective: Objective) -> Callable[..., Gradient]:
     """
 
     def gradient(apply, params, state, batch, key, *, axis_name=None) -> Gradient:
-        bound, mask = bind(apply, batch["mask"], axis_name), batch["mask"]
-
         def total(params):
-            losses, (new, metrics) = objective(bound, params, state, batch, key)
-            if losses.shape != mask.shape:
-                raise ValueError(
-                    f"an objective must return one loss for each of the {mask.shape[0]} rows; "
-                    f"got shape {losses.shape}. Leave out the mean: the trainer divides by the number of rows."
-                )
-            sums = {name: jnp.sum(jnp.where(mask, value, 0)) for name, value in {"loss": losses, **metrics}.items()}
-            return sums["loss"], (new, sums)
+            return summed(objective, apply, params, state, batch, key, axis_name)
 
         grads, (new, sums) = jax.grad(total, has_aux=True)(parallel.varying(params, axis_name))
-        return Gradient(grads, jnp.sum(mask.astype(jnp.float32)), new, sums)
+        return Gradient(grads, counted(batch["mask"]), new, sums)
 
     return gradient
 
@@ -204,10 +241,11 @@ def accumulated(gradient: Callable[..., Gradient], parts: int) -> Callable[..., 
         def body(carry, part):
             state, sums = carry
             got = one(params, state, part, key)
-            return (got.state, jax.tree.map(jnp.add, sums, (got.total, got.count, got.sums))), None
+            return (got.state, jax.tree.map(jnp.add, sums, (got.total, got.count, got.sums))), got.carry
 
-        (state, (total, count, metrics)), _ = lax.scan(canonical(body), (state, sums), micro)
-        return Gradient(total, count, state, metrics)
+        (state, (total, count, metrics)), carry = lax.scan(canonical(body), (state, sums), micro)
+        carry = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(rows, *a.shape[2:]), carry)
+        return Gradient(total, count, state, metrics, carry)
 
     return whole
 
@@ -233,7 +271,27 @@ def averaged(ema: PyTree, params: PyTree, step, decay: float, warmup: bool) -> P
     return jax.tree.map(lambda a, p: (d * a + (1 - d) * p).astype(a.dtype), ema, params)
 
 
-def init(key, trainable: Trainable, optimizer: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+def _own(carry: PyTree, rows: int, axis_name) -> PyTree:
+    """The part of what rows carry that belongs to this shard."""
+    if axis_name is None:
+        return carry
+    first = parallel.axis_index(axis_name) * rows
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first, rows), carry)
+
+
+def _whole(carry: PyTree, like: PyTree, rows: int, axis_name) -> PyTree:
+    """The parts of all shards, on every shard: a sum of what is zero elsewhere."""
+    if axis_name is None:
+        return carry
+    first = parallel.axis_index(axis_name) * rows
+    empty = parallel.varying(jax.tree.map(jnp.zeros_like, like), axis_name)
+    placed = jax.tree.map(lambda a, part: lax.dynamic_update_slice_in_dim(a, part, first, 0), empty, carry)
+    return parallel.psum(placed, axis_name)
+
+
+def init(
+    key, trainable: Trainable, optimizer: optax.GradientTransformation, *, ema: bool = False, carry: PyTree = None
+) -> TrainState:
     """Return the state before the first step. It owns its buffers: nothing aliases the trainable or another leaf.
 
     Args:
@@ -241,6 +299,7 @@ def init(key, trainable: Trainable, optimizer: optax.GradientTransformation, *, 
       trainable: the network.
       optimizer: any optax transformation.
       ema: whether an average of the parameters is kept.
+      carry: what rows carry before the first step, see `TrainState`.
 
     Returns:
       The state at step 0.
@@ -252,6 +311,7 @@ def init(key, trainable: Trainable, optimizer: optax.GradientTransformation, *, 
         state=trainable.state,
         opt_state=optimizer.init(trainable.params),
         ema=trainable.params if ema else None,
+        carry=carry,
     )
     return copy(fresh)
 
@@ -294,6 +354,7 @@ def make_step(
     ema: float | None = None,
     ema_warmup: bool = True,
     augment: Callable | None = None,
+    replays: int = 1,
 ) -> Callable:
     """Build the step of training, a pure function of one shard that every executor can compile.
 
@@ -307,7 +368,8 @@ def make_step(
       bn_groups: see `in_precision`.
       ema: decay of the average of the parameters, in (0, 1); None keeps none.
       ema_warmup: see `averaged`.
-      augment: `(key, x) -> x` for ONE example, drawn anew at every step.
+      augment: `(key, x) -> x` for ONE example, drawn anew at every step, or for every minibatch that is replayed.
+      replays: number of steps in a row that get the same minibatch.
 
     Returns:
       `step(state, batch, *, axis_name=None) -> (state, metrics)`; metrics are means over all rows, and `gradient_norm`.
@@ -324,16 +386,21 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         batch = batch | {"step": jnp.broadcast_to(state.step, batch["mask"].shape)}
         if augment is not None:
-            batch = batch | {"x": jax.vmap(augment)(example_keys(key, "augment", batch["index"]), batch["x"])}
+            drawn = key if replays == 1 else jax.random.fold_in(state.key, state.step // replays * replays)
+            batch = batch | {"x": jax.vmap(augment)(example_keys(drawn, "augment", batch["index"]), batch["x"])}
+        count = batch["mask"].shape[0]
+        if state.carry is not None:
+            batch = batch | {"carry": _own(state.carry, count, axis_name)}
         got = compute(applied, state.params, state.state, batch, key, axis_name=axis_name)
-        total, count, sums = parallel.psum((got.total, got.count, got.sums), axis_name)
-        rows = jnp.maximum(count, 1)
+        carry = None if got.carry is None else _whole(got.carry, state.carry, count, axis_name)
+        total, alive, sums = parallel.psum((got.total, got.count, got.sums), axis_name)
+        rows = jnp.maximum(alive, 1)
         grads = jax.tree.map(lambda g: g / rows, total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = None if ema is None else averaged(state.ema, params, state.step, ema, ema_warmup)
         metrics = {name: value / rows for name, value in sums.items()} | {"gradient_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, state.key, params, got.state, opt_state, average), metrics
+        return TrainState(state.step + 1, state.key, params, got.state, opt_state, average, carry), metrics
 
     return step
 

@@ -258,8 +258,8 @@ def test_an_objective_that_averages_is_refused(kit, key):
 
 
 def test_the_types_say_what_they_hold(kit, key):
-    assert train.TrainState._fields == ("step", "key", "params", "state", "opt_state", "ema")
-    assert train.Gradient._fields == ("total", "count", "state", "sums")
+    assert train.TrainState._fields == ("step", "key", "params", "state", "opt_state", "ema", "carry")
+    assert train.Gradient._fields == ("total", "count", "state", "sums", "carry")
 
 
 def test_trained_takes_the_average_where_one_was_kept(kit, key):
