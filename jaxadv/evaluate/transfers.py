@@ -10,6 +10,8 @@ give them telling names.
 | `clean` | the examples | all it gets right |
 | `attack` | what the attack found on the source; the example where that is not allowed | right, and the source broken |
 | `equal` | Gaussian noise of the size of each of those perturbations | the same examples |
+| `magnified` | those perturbations, all brought to one size | the same examples |
+| `equal magnified` | Gaussian noise of that size | the same examples |
 | `noise` | Gaussian noise of a stated deviation | all it gets right |
 
 Every model is asked through the forward pass of verdicts: float32, matrix precision "highest"; logits that are not
@@ -49,7 +51,7 @@ class TransferTable:
       seed: the seed the caller stated, or None.
       key: words of the random key.
       data: `name`, `split`, `n`, `shape`, `classes`, `fingerprint`.
-      attack: `name`, `settings`, `threat` and `magnified` (the size that perturbations were brought to, or None).
+      attack: `name`, `settings`, `threat` and `magnify` (the size of magnified perturbations, or None).
       sources: names of the models that examples were made for.
       victims: names of the models that were asked.
       rows: one entry for each set of points: `kind` (see the module), `source` or None, `deviation` or None, `size`
@@ -76,7 +78,7 @@ class TransferTable:
           kind: of the rows.
 
         Returns:
-          float64 `[rows of the kind, victims]`; for `attack` and `equal` the rows are the sources.
+          float64 `[rows of the kind, victims]`; the rows are the sources where the kind has one for each.
         """
         return np.asarray([row["errors"] for row in self._of(kind)])
 
@@ -108,10 +110,8 @@ class TransferTable:
     def markdown(self) -> str:
         """Return two tables, error rates and what fooled, with the sentences to read them by."""
         threat = threat_words(self.attack["threat"])
-        made = f"Attack: {self.attack['name']}; {threat}."
-        if self.attack["magnified"] is not None:
-            made += f" Perturbations brought to a root mean square of {self.attack['magnified']:g}."
-        out = ["# Transfer table", "", f"Data: {data_words(self.data)}.", "", made, "", "## Error rates", ""]
+        out = ["# Transfer table", "", f"Data: {data_words(self.data)}.", ""]
+        out += [f"Attack: {self.attack['name']}; {threat}.", "", "## Error rates", ""]
         head = ["points", "mean size (RMS)", *self.victims]
         cells = [
             [_words(row), f"{row['size']:.4f}"]
@@ -152,11 +152,10 @@ def _rate(fooled: int, chances: int) -> float | None:
 
 def _words(row: Mapping[str, Any]) -> str:
     """What a row is called."""
-    if row["kind"] == "attack":
-        return f"made for {row['source']}"
-    if row["kind"] == "equal":
-        return f"noise of the size of those for {row['source']}"
-    return "clean" if row["kind"] == "clean" else f"noise {row['deviation']:g}"
+    if row["source"] is None:
+        return "clean" if row["kind"] == "clean" else f"noise {row['deviation']:g}"
+    made = f"made for {row['source']}" + (", magnified" if "magnified" in row["kind"] else "")
+    return f"noise of the size of those {made}" if "equal" in row["kind"] else made
 
 
 def _wide(value: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -226,7 +225,7 @@ def transfer_table(
       attack: the attack that makes the examples; with a minimum-norm attack and a large budget almost all of them
         succeed on their source.
       victims: name to model; the sources by default.
-      magnify: root mean square that all perturbations are brought to before victims are asked, whatever the budget.
+      magnify: ask about perturbations brought to this root mean square, too, whatever the budget.
       noise: standard deviations of rows of plain noise.
       index: int `[n]` dataset indices, from which random numbers come; `arange(n)` by default.
       batch_size: rows of a forward pass.
@@ -288,22 +287,23 @@ def transfer_table(
             "chances": [int(c.sum()) for c in chances],
         }
 
-    entries, equal = [row("clean", examples)], []
+    entries: dict[str, list] = {kind: [] for kind in ("attack", "equal", "magnified", "equal magnified", "noise")}
     draw = np.asarray(_normal(key, examples, problem.index, 0))
     for name, model in made.items():
         found = examples.copy()
         for at, result in drain(attack, key, model, examples, labels, slots=slots, index=problem.index):
             found[at] = result.x
         found = np.where(_wide(feasible(host(threat), found, examples), found), found, examples)
-        broken = wrong(model, found)
-        points = found if magnify is None else magnified(found, examples, magnify, threat.bounds)
-        entries.append(row("attack", points, broken, source=name))
-        scale = size(points - examples) / size(draw)
-        equal.append(row("equal", clipped(_wide(scale, draw) * draw), broken, source=name))
-    entries += equal
+        broken, points = wrong(model, found), {"attack": found}
+        if magnify is not None:
+            points["magnified"] = magnified(found, examples, magnify, threat.bounds)
+        for kind, beside in (("attack", "equal"), ("magnified", "equal magnified"))[: len(points)]:
+            entries[kind].append(row(kind, points[kind], broken, source=name))
+            scale = size(points[kind] - examples) / size(draw)
+            entries[beside].append(row(beside, clipped(_wide(scale, draw) * draw), broken, source=name))
     for number, deviation in enumerate(noise):
         draw = np.asarray(_normal(key, examples, problem.index, number + 1))
-        entries.append(row("noise", clipped(deviation * draw), deviation=float(deviation)))
+        entries["noise"].append(row("noise", clipped(deviation * draw), deviation=float(deviation)))
     budget = np.asarray(threat.eps, np.float64)
     return TransferTable(
         versions=versions(),
@@ -319,17 +319,17 @@ def transfer_table(
                 "eps": budget.tolist(),
                 "bounds": [np.asarray(b).tolist() for b in threat.bounds],
             },
-            "magnified": None if magnify is None else float(magnify),
+            "magnify": None if magnify is None else float(magnify),
         },
         sources=list(made),
         victims=list(asked),
-        rows=entries,
+        rows=[row("clean", examples), *(entry for kind in entries.values() for entry in kind)],
         statements=[
             "Error rates are shares of all examples, those that a victim gets wrong without any attack included; "
             "intervals are 95 % Clopper-Pearson.",
             "Fooled: of the examples that the victim gets right without an attack and that broke the source. Noise of "
             "equal size is counted on the same examples; noise is clipped to the bounds, so it is a little smaller.",
-            "Success on the source is judged before perturbations are magnified, and points outside the budget count "
-            "as not found.",
+            "Whether the source broke is judged before perturbations are magnified, and points outside the budget "
+            "count as not found.",
         ],
     )

@@ -103,12 +103,19 @@ def test_magnified_perturbations_have_one_size_and_their_own_direction():
     ratio = np.delete((far - X) / np.where(points == X, 1, points - X), 3, axis=0)
     np.testing.assert_allclose(ratio, np.broadcast_to(np.median(ratio, 1, keepdims=True), ratio.shape), rtol=0.02)
     assert magnified(points, X, 5.0, (0.0, 1.0)).max() == 1.0
-    larger = transfer_table(KEY, {"one": MODELS["one"]}, X, Y, fgsm(linf(EPS)), magnify=0.15, noise=())
-    assert larger.rows[1]["size"] == pytest.approx(0.15, rel=1e-3) and larger.attack["magnified"] == 0.15
-    assert larger.rows[2]["size"] == pytest.approx(0.15, rel=0.02)  # the noise beside them, too
-    plain = transfer_table(KEY, {"one": MODELS["one"]}, X, Y, fgsm(linf(EPS)), noise=(0.08, 0.08))
-    assert plain.rows[-1]["fooled"] != plain.rows[-2]["fooled"]  # each row of noise is drawn anew
-    assert larger.errors()[0, 0] > plain.errors()[0, 0] and larger.rows[1]["broken"] == plain.rows[1]["broken"]
+    two = {"one": MODELS["one"], "across": MODELS["across"]}
+    larger = transfer_table(KEY, two, X, Y, fgsm(linf(EPS)), magnify=0.15, noise=(0.08, 0.08))
+    kinds = ("attack", "equal", "magnified", "equal magnified")
+    plain, equal, far, beside = ([r for r in larger.rows if r["kind"] == kind] for kind in kinds)
+    assert [len(r) for r in (plain, equal, far, beside)] == [2] * 4 and larger.attack["magnify"] == 0.15
+    np.testing.assert_allclose([r["size"] for r in far + beside], 0.15, rtol=0.02)
+    np.testing.assert_allclose([r["size"] for r in plain + equal], EPS, rtol=0.02)
+    for one, two in zip(plain, far):
+        assert (one["broken"], one["chances"], one["source"]) == (two["broken"], two["chances"], two["source"])
+    assert larger.errors("magnified")[0, 0] == 1 > larger.errors()[0, 0] > larger.errors("equal magnified")[0, 0]
+    text = larger.markdown()
+    assert "| made for across, magnified |" in text and "| noise of the size of those made for one, magnified |" in text
+    assert larger.rows[-1]["fooled"] != larger.rows[-2]["fooled"]  # each row of noise is drawn anew
 
 
 def test_points_that_are_not_allowed_count_as_not_found(kit):
@@ -124,7 +131,9 @@ def test_json_and_markdown_and_files(found, tmp_path):
     text = found.markdown()
     assert "| made for turned | 0.0500 |" in text and "planted, 400 examples" in text and "L∞, eps 0.05" in text
     share = found.rows[3]
-    assert f"({share['fooled'][0]} of {share['chances'][0]})" in text and "noise of the size of those for one" in text
+    assert (
+        f"({share['fooled'][0]} of {share['chances'][0]})" in text and "noise of the size of those made for one" in text
+    )
     folder = found.save(tmp_path / "table")
     assert (folder / "transfers.md").read_text() == text and (folder / "transfers.json").read_text() == found.to_json()
     assert table(["a|b"], [[1]]) == ["| a\\|b |", "| --- |", "| 1 |", ""]
