@@ -2,6 +2,17 @@
 
 from collections.abc import Callable
 
+from jaxadv.attacks.adaptive import bpda as bpda
+from jaxadv.attacks.adaptive import feature_distance as feature_distance
+from jaxadv.attacks.adaptive import identity as identity
+from jaxadv.attacks.adaptive import matched as matched
+from jaxadv.attacks.adaptive import preprocessed as preprocessed
+from jaxadv.attacks.adaptive import rejecting as rejecting
+from jaxadv.attacks.adaptive import rescaled as rescaled
+from jaxadv.attacks.adaptive import smoothed as smoothed
+from jaxadv.attacks.adaptive import straight as straight
+from jaxadv.attacks.adaptive import sweep as sweep
+from jaxadv.attacks.adaptive import unrolled as unrolled
 from jaxadv.attacks.apgd import APGD as APGD
 from jaxadv.attacks.apgd import apgd as apgd
 from jaxadv.attacks.apgd import apgd_ce as apgd_ce
@@ -24,6 +35,10 @@ from jaxadv.attacks.decisions import boundary as boundary
 from jaxadv.attacks.decisions import geoda as geoda
 from jaxadv.attacks.decisions import hopskipjump as hopskipjump
 from jaxadv.attacks.decisions import signopt as signopt
+from jaxadv.attacks.draws import Expectation as Expectation
+from jaxadv.attacks.draws import eot as eot
+from jaxadv.attacks.draws import noisy as noisy
+from jaxadv.attacks.draws import survival as survival
 from jaxadv.attacks.estimates import Estimated as Estimated
 from jaxadv.attacks.estimates import estimated as estimated
 from jaxadv.attacks.estimates import estimating as estimating

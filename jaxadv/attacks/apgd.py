@@ -5,12 +5,10 @@ One attack is one state machine. A run of `steps` iterations from a new start is
 looked up from the row's own step counter, so rows that began at different times share one compiled program, and every
 step costs exactly one value and gradient of the model (`eot` of them with expectation over transformation).
 
-A randomized model takes `keys=` beside the batch, typed keys `[b]`, one for each row; it is given fresh ones at every
-pass. Models that do not are simply called.
+A randomized model (see `draws`) is given fresh keys at every pass.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -23,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
+from jaxadv.attacks.draws import Expectation, asked, descend, majority, takes_keys
 from jaxadv.attacks.judge import dead, judge
 from jaxadv.core import (
     Attack,
@@ -147,12 +146,10 @@ def _changed(point, x):
     return jnp.sum(flat(point != x), axis=-1).astype(x.dtype)
 
 
-def _takes_keys(model) -> bool:
-    """Tell whether a model is randomized by keys of its rows."""
-    try:
-        return "keys" in inspect.signature(model).parameters
-    except (TypeError, ValueError):
-        return False
+def _last(value, verdicts):
+    """What the authors' code makes of several passes: loss and verdict of the last one."""
+    score, broken, finite = verdicts
+    return value[-1], (score.mean(axis=0), broken[-1], jnp.all(finite, axis=0))
 
 
 @pytree
@@ -389,7 +386,7 @@ class APGD(Attack):
         return Targets(label=y, target=jnp.take_along_axis(state.order, which[:, None], axis=1)[:, 0])
 
     def _logits(self, model, point, keys):
-        logits = model(point, keys=keys) if _takes_keys(model) else model(point)
+        logits = asked(model, point, keys)
         check.logits(logits)
         return logits.astype(jnp.promote_types(logits.dtype, point.dtype))
 
@@ -398,30 +395,12 @@ class APGD(Attack):
 
     def _ask(self, model, point, aim, y, keys):
         """Loss, its gradient and the verdict at a point; over several passes means and the verdict of the majority."""
-
-        def total(point, keys):
-            logits = self._logits(model, point, keys)
-            loss = self.loss(logits, aim)
-            return jnp.sum(loss), (loss, judge(logits, y, self._criterion(y)))
-
-        def once(number):
-            mine = jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
-            grad, (loss, verdict) = jax.grad(total, has_aux=True)(point, mine)
-            return jnp.where(jnp.isfinite(loss), loss, jnp.inf), grad, verdict
-
-        if self.eot == 1:
-            return once(0)
-
-        def again(grads, number):
-            loss, grad, verdict = once(number)
-            return grads + grad, (loss, verdict)
-
-        grads, (loss, (score, broken, finite)) = lax.scan(again, jnp.zeros_like(point), jnp.arange(self.eot))
-        if self._official:
-            seen = loss[-1], broken[-1]
-        else:
-            seen = jnp.mean(loss, axis=0), 2 * jnp.sum(broken, axis=0) > self.eot
-        return seen[0], grads / self.eot, (jnp.mean(score, axis=0), seen[1], jnp.all(finite, axis=0))
+        pool = None
+        if self.eot > 1 or takes_keys(model):
+            model, pool = Expectation(model, keys, self.eot, "loss"), _last if self._official else majority
+        loss, verdict = (lambda z: self.loss(z, aim)), (lambda z: judge(z, y, self._criterion(y)))
+        grad, value, judged = descend(model, point, loss, verdict, pool)
+        return jnp.where(jnp.isfinite(value), value, jnp.inf), grad, judged
 
     def _remember(self, state: State, point, score, broken, final) -> State:
         """Keep the better of what was found so far and the current point, by (fails, lowest margin)."""

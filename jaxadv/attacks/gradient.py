@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
+from jaxadv.attacks.draws import descend
 from jaxadv.attacks.judge import dead, judge
 from jaxadv.core import Attack, Result, Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
@@ -139,13 +140,9 @@ class GradientAttack(Attack):
 
     def _ask(self, state: State, model, x, y):
         """Return the gradient to follow, the verdict on the current point, and the memory of the next state."""
-
-        def total(point):
-            logits = model(point)
-            return jnp.sum(self.loss(logits, y)), judge(logits, y, self.criterion)
-
-        grad, verdict = jax.grad(total, has_aux=True)(state.point)
-        return grad, verdict, state.memory
+        loss, verdict = (lambda z: self.loss(z, y)), (lambda z: judge(z, y, self.criterion))
+        grad, _, judged = descend(model, state.point, loss, verdict)
+        return grad, judged, state.memory
 
     def _cost(self, model) -> tuple[int, int]:
         """Forward passes and gradients of a step."""

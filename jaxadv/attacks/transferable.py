@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxadv.attacks.draws import descend
 from jaxadv.attacks.gradient import GradientAttack, State, mi_fgsm
 from jaxadv.attacks.judge import judge
 from jaxadv.attacks.minimum import ball
@@ -367,7 +368,7 @@ class Transferable(GradientAttack):
     def _ask(self, state: State, model, x, y):
         def slope(model, keys, point):
             del keys
-            grad = jax.grad(lambda p: jnp.sum(self.loss(model(p), y)))(point)
+            grad = descend(model, point, lambda z: self.loss(z, y), lambda z: ())[0]
             return jnp.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
 
         ask: Ask = slope

@@ -17,6 +17,7 @@ from jaxadv.core.loop import loop as loop
 from jaxadv.core.rows import select as select
 from jaxadv.core.run import advance as advance
 from jaxadv.core.run import best_of as best_of
+from jaxadv.core.run import joined as joined
 from jaxadv.core.run import run as run
 from jaxadv.core.serve import Board as Board
 from jaxadv.core.serve import Data as Data

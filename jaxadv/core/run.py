@@ -67,6 +67,25 @@ def run(attack: Attack, key, model, x, y, *, index=None, restart=0) -> Result:
     return attack.result(state, model, x, y)
 
 
+def joined(best: Result, found: Result) -> Result:
+    """Keep the worst case of every row of two results for the same examples.
+
+    Args:
+      best: a result; what is equally good stays its own.
+      found: another one, with the same flags.
+
+    Returns:
+      The better of each row by (success, lowest score); queries and gradients are summed, flags joined.
+    """
+    better = (found.success & ~best.success) | ((found.success == best.success) & (found.score < best.score))
+    kept: Result = select(better, found, best)
+    return kept._replace(
+        queries=best.queries + found.queries,
+        grads=best.grads + found.grads,
+        flags={name: best.flags[name] | found.flags[name] for name in best.flags},
+    )
+
+
 def best_of(attack: Attack, key, model, x, y, *, restarts: int, index=None) -> Result:
     """Run an attack several times with randomness of its own each time, and keep the worst case of every row.
 
@@ -89,13 +108,6 @@ def best_of(attack: Attack, key, model, x, y, *, restarts: int, index=None) -> R
     first = run(attack, key, model, x, y, index=index)
 
     def again(restart, best: Result) -> Result:
-        found = run(attack, key, model, x, y, index=index, restart=restart)
-        better = (found.success & ~best.success) | ((found.success == best.success) & (found.score < best.score))
-        kept: Result = select(better, found, best)
-        return kept._replace(
-            queries=best.queries + found.queries,
-            grads=best.grads + found.grads,
-            flags={name: best.flags[name] | found.flags[name] for name in best.flags},
-        )
+        return joined(best, run(attack, key, model, x, y, index=index, restart=restart))
 
     return jax.lax.fori_loop(1, restarts, again, first)
