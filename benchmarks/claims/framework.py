@@ -88,6 +88,20 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
 
 
+def gain(numbers: dict[str, list[float]], better: str, base: str) -> tuple[float, float, float]:
+    """Return by how much one measure exceeds another, seed by seed.
+
+    Args:
+      numbers: measure to one number for each seed.
+      better: name of the measure that should be larger.
+      base: name of the other.
+
+    Returns:
+      Mean of the differences, and the ends of their 95 % interval.
+    """
+    return interval(np.subtract(numbers[better], numbers[base]).tolist())
+
+
 def measure(
     name: str, *, settings: dict[str, Any] | None = None, seeds: Sequence[int] | None = None, smoke: bool = False
 ) -> dict[str, Any]:
@@ -283,11 +297,12 @@ def write_tables() -> list[Path]:
 
 
 class Trained(NamedTuple):
-    """A model with what its training cost, compilation included: minutes on the clock and of the processors."""
+    """A model, what training cost with compilation (minutes on the clock and of the processors), and the network."""
 
     model: Any
     minutes: float
     processor_minutes: float
+    net: Any
 
 
 def train(recipe: Callable, data: Any, seed: int, **settings: Any) -> Trained:
@@ -307,11 +322,12 @@ def train(recipe: Callable, data: Any, seed: int, **settings: Any) -> Trained:
     state = ja.fit(jax.random.key(seed), **arguments)
     jax.block_until_ready(state.params)
     spent, used = (time.perf_counter() - start) / 60, (time.process_time() - used) / 60
-    return Trained(ja.models.model(ja.train.trained(arguments["trainable"], state)), spent, used)
+    net = ja.train.trained(arguments["trainable"], state)
+    return Trained(ja.models.model(net), spent, used, net)
 
 
 def accuracies(
-    model: Any, source: Any, threat: Any, attack: Any, seed: int, *, restarts: int = 1
+    model: Any, source: Any, threat: Any, attack: Any, seed: int, *, restarts: int | None = None
 ) -> tuple[float, float]:
     """Return clean and robust accuracy in percent, as an evaluation counts them.
 
@@ -319,9 +335,9 @@ def accuracies(
       model: logits from a batch.
       source: the test examples.
       threat: what the attacker may do.
-      attack: what judges.
+      attack: what judges: an attack, several in a tuple, or the name of a protocol.
       seed: of the attack's randomness.
-      restarts: how often it runs, on the survivors.
+      restarts: how often each runs, on the survivors; None leaves it to the protocol (once for bare attacks).
 
     Returns:
       Clean and robust accuracy, in percent.
@@ -333,7 +349,7 @@ def accuracies(
         x,
         y,
         threat,
-        attacks=(attack,),
+        attacks=attack if isinstance(attack, str | tuple) else (attack,),
         restarts=restarts,
         index=source.index,
         keep_adversarial=False,

@@ -1,0 +1,104 @@
+"""Claim: gates that weigh channels by their relevance to two likely classes make adversarial training more robust.
+
+MNIST, `cnn_small`, linf. Two networks for each seed, trained with one optimizer, schedule, growth of the budget and
+number of steps: with a gate after each convolution, on the joint loss, and without gates, on the cross-entropy. Gates
+shrink activations, so that the gated one needs a higher rate. Judged by AutoAttack, whose gradients flow through the
+gates; the gated one by PGD on the joint loss, too (the authors' adaptive attack). What counts is the worst case over
+both.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxadv as ja
+from benchmarks.claims import framework
+
+CLAIM = {
+    "sentence": "Weighing channels by their relevance to the two likeliest classes makes an adversarially trained "
+    "network more robust, also against attacks that know of the gates.",
+    "source": "Yan et al. 2021, CIFS: improving adversarial robustness of CNNs via channel-wise importance-based "
+    "feature selection, arXiv:2102.05311",
+    "tier": "mnist",
+    "seeds": (0, 1, 2),
+    "minutes": 20,
+    "settings": {
+        "data": "mnist",
+        "eps": 0.3,
+        "train": 5_000,
+        "epochs": 40,
+        "rates": {"gated": 1e-2, "without gates": 2e-3},
+        "steps": 10,
+        "beta": 2.0,
+        "test": 1_000,
+        "judge": "standard",
+        "joint_steps": 40,
+    },
+    "smoke": {
+        "data": "digits",
+        "train": 100,
+        "epochs": 1,
+        "steps": 1,
+        "test": 10,
+        "joint_steps": 1,
+    },
+}
+
+
+def run(settings: dict[str, Any], seeds: tuple[int, ...], smoke: bool) -> dict[str, list[float]]:
+    """Train with and without gates, and judge; percent of the test images."""
+    threat = ja.linf(settings["eps"])
+    whole, held, test = (ja.data.load(settings["data"], split) for split in ("train", "validation", "test"))
+    data, test = ja.data.evaluation_subset(whole, settings["train"]), ja.data.evaluation_subset(test, settings["test"])
+    steps = 1 if smoke else settings["epochs"] * ja.data.steps_per_epoch(len(data), 100)
+    growth = ja.train.schedules.growth(max(1, steps // 5))
+    common = {"eps": settings["eps"], "validation": held, "steps": steps}
+    beta, loss = settings["beta"], ja.train.channels.of_label
+    judges = (ja.pgd(threat, steps=1),) if smoke else tuple(ja.evaluate.PROTOCOLS[settings["judge"]]("linf"))
+    numbers: dict[str, list[float]] = {}
+
+    def joint(threat):
+        return ja.pgd(threat, steps=settings["joint_steps"], loss=loss, criterion=loss)
+
+    for seed in seeds:
+        for gated in (False, True):
+            net = ja.models.create(
+                "cnn_small", jax.random.key(1000 + seed), shape=data.shape, classes=data.classes, gated=gated
+            )
+            if gated:
+                objective = ja.train.cifs(threat, beta=beta, steps=settings["steps"], growth=growth)
+            else:
+                objective = ja.train.pgd_at(ja.pgd(threat, steps=settings["steps"], keep="last"), growth=growth)
+            name = "gated" if gated else "without gates"
+            more = {"trainable": net, "objective": objective, "lr_max": settings["rates"][name]}
+            made = framework.train(ja.recipes.fast_mnist, data, seed, **common, **more)
+            clean, robust = framework.accuracies(made.model, test, threat, judges, seed)
+            found = {"clean %": clean, "AutoAttack, robust %": robust, "worst case, robust %": robust}
+            if gated:
+                seen = ja.train.joint_model(made.net, beta=beta)
+                attack = ja.attacks.transfer(threat, seen, attack=joint, name="joint")
+                known = framework.accuracies(made.model, test, threat, attack, seed)[1]
+                worst = framework.accuracies(made.model, test, threat, (*judges, attack), seed)[1]
+                found |= {"PGD on the joint loss, robust %": known, "worst case, robust %": worst}
+            for what, value in found.items():
+                numbers.setdefault(f"{name}: {what}", []).append(value)
+    return numbers
+
+
+def verdict(numbers: dict[str, list[float]]) -> tuple[str, str]:
+    """Judge: in the worst case a gain clear of zero, and at most half a point lost on clean examples."""
+    mean = {key: float(np.mean(values)) for key, values in numbers.items()}
+    gain, low, high = framework.gain(numbers, "gated: worst case, robust %", "without gates: worst case, robust %")
+    clean = framework.gain(numbers, "gated: clean %", "without gates: clean %")[0]
+    useful = mean["without gates: worst case, robust %"] >= 50
+    word = "does not hold here"
+    if useful and low > 0:
+        word = "holds" if clean >= -0.5 else "holds in part"
+    why = (
+        f"worst case {mean['gated: worst case, robust %']:.1f} % with gates, "
+        f"{mean['without gates: worst case, robust %']:.1f} % without: {gain:+.1f} ({low:+.1f} to {high:+.1f}) points, "
+        f"clean {clean:+.1f}; the gated one {mean['gated: PGD on the joint loss, robust %']:.1f} % under PGD on the "
+        f"joint loss, {mean['gated: AutoAttack, robust %']:.1f} % under AutoAttack"
+    )
+    return word, why
