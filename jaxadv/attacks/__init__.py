@@ -25,6 +25,8 @@ from jaxadv.attacks.autoattack import autoattack as autoattack
 from jaxadv.attacks.autoattack import transfer as transfer
 from jaxadv.attacks.blackbox import SquareAttack as SquareAttack
 from jaxadv.attacks.blackbox import square as square
+from jaxadv.attacks.composite import Composite as Composite
+from jaxadv.attacks.composite import composite as composite
 from jaxadv.attacks.decisions import Boundary as Boundary
 from jaxadv.attacks.decisions import Decision as Decision
 from jaxadv.attacks.decisions import GeoDA as GeoDA
@@ -79,6 +81,15 @@ from jaxadv.attacks.sparse import Sparse as Sparse
 from jaxadv.attacks.sparse import SparseFool as SparseFool
 from jaxadv.attacks.sparse import jsma as jsma
 from jaxadv.attacks.sparse import sparsefool as sparsefool
+from jaxadv.attacks.spatial import Affine as Affine
+from jaxadv.attacks.spatial import Brightness as Brightness
+from jaxadv.attacks.spatial import Contrast as Contrast
+from jaxadv.attacks.spatial import Flow as Flow
+from jaxadv.attacks.spatial import Hue as Hue
+from jaxadv.attacks.spatial import Pixels as Pixels
+from jaxadv.attacks.spatial import Saturation as Saturation
+from jaxadv.attacks.spatial import WorstOf as WorstOf
+from jaxadv.attacks.spatial import worst_of as worst_of
 from jaxadv.attacks.tradeoff import EAD as EAD
 from jaxadv.attacks.tradeoff import LBFGS as LBFGS
 from jaxadv.attacks.tradeoff import Carlini as Carlini
