@@ -1,5 +1,7 @@
 """Decision-based attacks: the distance of a linear model, the published schedules step by step, exact query counts."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +23,10 @@ from jaxadv.attacks import (
     boundary,
     geoda,
     hopskipjump,
+    one_pixel,
     salt_and_pepper,
     signopt,
+    spsa,
 )
 from jaxadv.attacks.decisions import BISECT, PROBE, START, STRIDE
 from jaxadv.attacks.waves import cosines
@@ -31,6 +35,7 @@ from jaxadv.threats import l0, l2, linf
 
 KEY = jax.random.key(0)
 BALLS = {"linf": linf, "l2": l2}
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 N = 40
 
 
@@ -345,3 +350,66 @@ def test_settings_are_checked():
     ):
         with pytest.raises(ValueError, match="must"):
             bad()
+
+
+# ------------------------------------------------------------------------------------------------------ other packages
+
+
+def stored(net):
+    """What other packages have found, and the network and examples of the other minimum-norm attacks."""
+    weights = np.load(FIXTURES / f"autoattack_{net}.npz")
+    parts = {k.split("/", 1)[1]: jnp.asarray(weights[k], jnp.float32) for k in weights if not k.endswith("index")}
+    found, given = np.load(FIXTURES / "blackbox_torch.npz"), np.load(FIXTURES / "minimum_torch.npz")
+    x, y = given[f"{net}/x"].astype(np.float32) / 255, given[f"{net}/y"]
+    return Partial(network, parts), x, y, {k.split("/", 1)[1]: found[k] for k in found if k.startswith(net)}
+
+
+def network(weights, x):
+    """The network of the fixtures."""
+    for layer in ("conv1", "conv2"):
+        x = lax.conv_general_dilated(
+            x, weights[f"{layer}/kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x + weights[f"{layer}/bias"][None, None, None])
+    x = x.reshape(x.shape[0], -1)
+    x = jax.nn.relu(x @ weights["dense1/kernel"] + weights["dense1/bias"][None])
+    return x @ weights["dense2/kernel"] + weights["dense2/bias"][None]
+
+
+QUERIES = (500, 1000, 2000)  # of those stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attack", "norm"), [("hopskipjump", "l2"), ("hopskipjump", "linf"), ("boundary", "l2"), ("salt_and_pepper", "l2")]
+)
+def test_median_distances_after_as_many_queries_are_those_of_foolbox_or_smaller(attack, norm):
+    """Medians of 24 examples, averaged over seeds, which differ from each other by up to 8 % on either side."""
+    model, x, y, found = stored("mnist_robust")
+    theirs = np.median(found[f"{attack}/{norm}"], axis=2).mean(0)[: len(QUERIES)]
+    a, steps = ATTACKS[attack](BALLS[norm](1e3), queries=QUERIES[-1]), QUERIES[-1]
+
+    @jax.jit
+    def distances(key, model, x, y):
+        state = a.init(core.example_keys(key, attack, jnp.arange(len(y))), model, x, y)
+        return lax.scan(lambda s, _: (a.step(s, model, x, y), s.distance), state, None, steps)[1]
+
+    runs = [np.asarray(distances(jax.random.key(seed), model, x, y)) for seed in range(2)]
+    ours = np.mean([[np.median(run[q - 1]) for q in QUERIES] for run in runs], axis=0)
+    assert (ours <= 1.08 * theirs).all(), (ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attack", "net", "eps"), [("spsa", "mnist_standard", 0.2), ("one_pixel", "mnist_robust", 10.0)]
+)
+def test_as_many_queries_break_as_many_examples_as_those_of_torchattacks(attack, net, eps):
+    """Of 24 examples, or one less."""
+    model, x, y, found = stored(net)
+    queries = int(found[f"{attack}/queries"])
+    search = {
+        "spsa": lambda: spsa(linf(eps), queries=queries, samples=64),
+        "one_pixel": lambda: one_pixel(l0(eps), queries=queries, pixels=10, population=100),
+    }[attack]()
+    ours = go(search, model, x, y)
+    assert (ours.queries <= queries + 3).all() and 0 < found[attack].sum() <= ours.success.sum() + 1
