@@ -227,9 +227,31 @@ def run_evaluate(config: configs.Evaluate) -> int:
         ]
         table("security curve", (">eps", ">robust accuracy"), rows)
         say(f"The robust accuracy of the report belongs to the first --eps, {float(threats[0].eps):g}.")
+    if config.card:
+        _card(config, loaded.model, source)
     show_flags(report)
     say(f"Report: {config.out / 'report.html'} (and report.json, report.md).")
     return exit_code(report)
+
+
+def _card(config: configs.Evaluate, model: Any, source: data_room.Source) -> None:
+    """Measure, store and print the card of corruptions, geometry, occlusion and shape."""
+    from jaxadv.evaluate.card import report_card
+
+    x, y = source.all()
+    with Progress() as progress:
+        card = report_card(
+            jax.random.key(config.seed),
+            model,
+            x,
+            y,
+            index=source.index,
+            batch_size=config.batch_size,
+            progress=lambda done, total, word: progress(done, total, "card", word),
+        )
+    text = json.dumps(card.to_dict(), indent=2) + "\n"
+    atomic_write(config.out / "card.json", lambda file: file.write(text.encode()))
+    table("card", ("what is done to the images", ">accuracy"), [(what, percent(value)) for what, value in card.rows()])
 
 
 def _mesh(devices: int | None) -> Any:

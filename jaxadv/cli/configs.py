@@ -178,6 +178,10 @@ class Evaluate(Machine):
     diagnose: bool = False
     """Also run the diagnosis of the evaluation itself (randomness, masked gradients, sanity checks)."""
 
+    card: bool = False
+    """Also measure the card of common corruptions, geometry, occlusion and shape (images in [0, 1]); card.json in
+    --out."""
+
     measure: bool = False
     """Also time the model, for the overhead of each attack in the report's timing."""
 

@@ -285,14 +285,14 @@ def affine_warp(
     return sample(x, where[0], where[1], mode, order)
 
 
-def luma(x: Float[Array, "h w c"]) -> Float[Array, "h w 1"]:
+def luma(x: Float[Array, "*b h w c"]) -> Float[Array, "*b h w 1"]:
     """Return the brightness that the eye sees, ITU-R 601; a gray image is its own.
 
     Args:
-      x: `[h, w, 1]` or `[h, w, 3]`.
+      x: `[..., h, w, 1]` or `[..., h, w, 3]`.
 
     Returns:
-      `[h, w, 1]`.
+      `[..., h, w, 1]`.
     """
     if x.shape[-1] == 1:
         return x
