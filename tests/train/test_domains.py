@@ -68,7 +68,7 @@ def rows(official):
     return {name: jnp.asarray(a) for name, a in (batch | {"mask": np.ones(n, bool)}).items()}
 
 
-@pytest.mark.parametrize("distance", ["kl", "ce"])
+@pytest.mark.parametrize("distance", ["kl", pytest.param("ce", marks=pytest.mark.slow)])
 def test_the_authors_loss_and_gradient(official, key, distance):
     name, net, batch = f"dial_{distance}", network(official), rows(official)
     kind = domains.DISTANCES[distance]

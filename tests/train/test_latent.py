@@ -25,7 +25,7 @@ def cosine(a, b):
     return float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("attend", [False, True])
+@pytest.mark.parametrize("attend", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_separator_points_from_mean_to_mean_as_that_of_scikit_learn(key, attend):
     """Between Gaussians of one width the best direction is known; attention hardly changes it."""
     z, y, means = gaussians()
