@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
 import autoattack as nets
 import harness
 
-STEPS, ROUNDS, TURNS = 50, 4, 16  # of DeepFool and Carlini-Wagner; rounds of the latter; iterations of HopSkipJump
+STEPS, ROUNDS = 200, 6  # of DeepFool and Carlini-Wagner; rounds of the latter
+TURNS, QUERIES = 16, 4500  # iterations of HopSkipJump there, and what they ask for, about
 
 
 def ours(name: str):
@@ -35,7 +36,7 @@ def ours(name: str):
         return ja.attacks.deepfool(threat, steps=STEPS, early=True)
     if name == "carlini":
         return ja.attacks.carlini(threat, steps=STEPS, rounds=ROUNDS, constant=0.1, abort=False)
-    return ja.attacks.ATTACKS[name](threat)
+    return ja.attacks.hopskipjump(threat, queries=QUERIES)
 
 
 def theirs(name: str):

@@ -39,9 +39,14 @@ def _suite(version: str) -> Callable[[str], tuple[Stage, ...]]:
 def _fast(norm: str) -> tuple[Stage, ...]:
     if norm not in BALLS:
         return GRADIENT[:2]
-    shrink: tuple = (("large_eps", True),) if norm == "l1" else ()
-    half: tuple = (("steps", 50), *shrink)
-    return (Stage("apgd_ce", half), Stage("apgd_t", (("targets", 4), *half)))
+    hard = norm == "l1"  # there short searches miss most
+    shrink: tuple = (("large_eps", True),) if hard else ()
+    return (
+        Stage("apgd_ce", (("steps", 100 if hard else 50), *shrink)),
+        Stage("apgd_t", (("targets", 3), ("steps", 50), *shrink)),
+        Stage("fab_t", (("targets", 5 if hard else 3),)),
+        Stage("square", (("queries", 1000),)),
+    )
 
 
 def _thorough(norm: str) -> tuple[Stage, ...]:
@@ -68,9 +73,10 @@ PROTOCOLS: dict[str, Callable[[str], tuple[Stage, ...]]] = {
     "gradient": lambda norm: GRADIENT,
 }
 """Protocols by name, each a function of the threat's norm. `standard`, the default, is AutoAttack; `custom` is the name
-for attacks of your own, passed in the place of a protocol. `fast` takes a seventh of its gradients and no random
-search: on networks whose gradients show the way it held 0.3 to 1.2 points more than `standard`, but 10 points more on
-one that masks them (`benchmarks/parity/protocols.py`). It is for looking, not for reporting."""
+for attacks of your own, passed in the place of a protocol. `fast` takes 26 to 41 % of the gradients of `standard` and a
+quarter to a third of its forward passes. On the nine networks and norms of `benchmarks/parity/protocols.py` it
+missed 29 of 4,500 examples that `standard` broke (0.64 %, 95 % interval 0.43 to 0.92 %) and broke 2 others; robust
+accuracy was higher by 0 to 1 point, and by 2.4 in l1 on a network that masks its gradients."""
 
 
 def with_eps(threat: Threat, eps: float) -> Threat:

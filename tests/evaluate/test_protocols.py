@@ -35,7 +35,7 @@ def test_standard_is_autoattack_with_its_published_settings():
     plus = [s.attack for s in stages_of("plus", None)]
     assert plus == ["apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"]
     fast, whole = (sum(build(s, LINF, LINF).max_steps for s in stages_of(name, None)) for name in ("fast", "standard"))
-    assert fast < 0.1 * whole
+    assert fast < 0.25 * whole
     assert set(stages_of("standard", None)) < set(stages_of("thorough", None))
 
 

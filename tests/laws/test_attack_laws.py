@@ -106,7 +106,7 @@ def marks(attack, threat):
 
 
 ROWS = [pytest.param(a, t, id=f"{a}-{t}", marks=marks(a, t)) for a, t in TABLE]
-table = pytest.mark.parametrize(("attack", "threat"), ROWS)
+table = pytest.mark.parametrize(("attack", "threat"), ROWS, scope="module")  # one after the other: one compilation
 FIRST = {a: (a, t) for a, t in reversed(TABLE)}
 """Each attack with one threat, for laws of what differs little from threat to threat."""
 
@@ -367,7 +367,7 @@ MORE = [
     for a, t in TABLE
     if a in ("apgd_ce", "fab") or a in ("fab_t", "vmi_fgsm", *MINIMUM) and (a, t) == FIRST[a]
 ]
-transforms = pytest.mark.parametrize(("attack", "threat"), SOME + MORE)
+transforms = pytest.mark.parametrize(("attack", "threat"), SOME + MORE, scope="module")
 
 
 @transforms
