@@ -15,6 +15,7 @@ from jaxtyping import install_import_hook
 _CHECK = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 _HOOK = install_import_hook("jaxadv", _CHECK)
 
+import gc
 import time
 from pathlib import Path
 
@@ -84,6 +85,19 @@ def pytest_runtest_call(item):
     item.user_properties.append(("seconds", spent))
 
 
+MAPS = Path("/proc/self/maps")
+MANY = 20_000
+"""Memory maps of a process at which compiled programs are let go: Linux ends a process at 65,530."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    count = item.config.stash[_COUNT] = item.config.stash.get(_COUNT, 0) + 1
+    if count % 50 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
+        gc.collect()
+
+
 def pytest_configure(config):
     if (
         config.getoption("--compile") == "quick"
@@ -94,6 +108,7 @@ def pytest_configure(config):
 
 
 _LONG = pytest.StashKey[list[tuple[float, str]]]()
+_COUNT = pytest.StashKey[int]()
 
 
 class _Durations:

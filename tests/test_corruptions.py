@@ -191,7 +191,7 @@ def test_a_disk_is_a_disk_for_large_images():
     np.testing.assert_allclose(image.correlate(jnp.asarray(x), jnp.asarray(kernels[4])), want, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "quality"), [((32, 48, 3), 10), ((23, 30, 1), 75)])
+@pytest.mark.parametrize(("size", "quality"), [((32, 48, 3), 10), ((23, 30, 1), 75), ((21, 36, 3), 10)])
 def test_jpeg_is_pillows_within_four_levels(size, quality):
     row, column = np.mgrid[: size[0], : size[1]] / 8
     x = np.stack([0.5 + 0.4 * np.sin(row * (c + 1)) * np.cos(column - c) for c in range(size[2])], -1)
