@@ -91,7 +91,7 @@ def _coded(plane: Float[Array, "h w"], steps: Float[Array, "8 8"]) -> Float[Arra
 
 
 def _halved(plane: Float[Array, "h w"]) -> Float[Array, "k m"]:
-    """Average 2 x 2 pixels of whole blocks of columns; halves are rounded up in every other column, down in the rest."""
+    """Average 2 x 2 pixels of whole blocks of columns; halves go up in every other column, down in the rest."""
     full = jnp.pad(plane, ((0, plane.shape[0] % 2), (0, -plane.shape[1] % 16)), mode="edge")
     total = full[::2, ::2] + full[1::2, ::2] + full[::2, 1::2] + full[1::2, 1::2]
     return _floor((total + 1 + (jnp.arange(total.shape[1]) % 2)[None]) / 4)
