@@ -229,6 +229,20 @@ def test_projection_and_draws_stay_inside_and_keep_what_is_inside():
     np.testing.assert_array_equal(np.sign(step[:, 3:-192]), np.sign(np.asarray(grad)[:, 3:-192]))
 
 
+@pytest.mark.parametrize(
+    ("hue", "contrast", "size"),
+    [(1.0, 1.0, 0.5), (-0.25, 1.0, 0.5), (0.0, 1.1, 0.25), (0.0, 0.9, 0.5), (2.0, 0.8, 1.0), (-1.0, 1.0, 2.0)],
+)
+def test_the_size_is_a_share_of_the_side_that_a_parameter_lies_on(hue, contrast, size):
+    threat = semantic((Hue(-0.5, 2.0), Contrast(0.8, 1.4)), SHAPE)
+    x = np.asarray(threat.pack(IMAGES[:1]))
+    point = x.copy()
+    point[0, 2:4] = hue, contrast  # after the order of the two
+    np.testing.assert_allclose(threat.size(point, x), size, rtol=1e-5)
+    np.testing.assert_array_equal(threat.contains(point, x), size <= 1)
+    np.testing.assert_allclose(threat.size(jnp.asarray(point), jnp.asarray(x)), size, rtol=1e-5)
+
+
 def test_settings_that_make_no_sense_are_refused():
     for wrong, text in (
         (lambda: semantic((), SHAPE), "components"),
