@@ -19,6 +19,7 @@ The rules that make the answer the same in every executor:
 6. Loop carries start from data (`zeros_like(x)`), not from constants (`zeros(shape)`).
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -387,9 +388,18 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _explicit(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...]):
-    """The same with shardings in the types, under `jax.set_mesh`."""
+    """The same with shardings in the types of what goes in and comes out, under `jax.set_mesh`.
+
+    In between the compiler decides: typed shardings have no rule for much that a step does (strided convolutions as
+    reshapes, single rows of a batch, keys beside rows).
+    """
     axes = axes if mesh is not None else ("data",)
-    run, mesh, place = _jit(step, mesh or _one_device(), axes, count, donated, AxisType.Explicit)
+
+    def typed(state, batch, *, axis_name=None):
+        inside = functools.partial(step, axis_name=axis_name)
+        return jax.sharding.auto_axes(inside, out_sharding=PartitionSpec())(state, batch)
+
+    run, mesh, place = _jit(typed, mesh or _one_device(), axes, count, donated, AxisType.Explicit)
 
     def inside(state, batch):
         with jax.set_mesh(mesh):
@@ -467,7 +477,7 @@ def compile_step(
     | `how` | what runs | when |
     | --- | --- | --- |
     | `'jit'` | one program over the mesh, split by the compiler | training, the default |
-    | `'explicit'` | the same with shardings in the types | code written for sharding in types |
+    | `'explicit'` | the same; shardings are in the types of what goes in and out | beside code with typed shardings |
     | `'shard_map'` | the step on each device's rows, with collectives | private training, early-exit attacks |
     | `'pmap'` | the same through `jax.pmap` | code bases written around it |
     | `'vmap'` | fake devices on one device | tests |

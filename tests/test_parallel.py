@@ -201,9 +201,25 @@ def test_the_executors_say_what_they_are():
         assert seen["rows"] == rows and getattr(seen["axis"], "checked", None) is checked
         assert seen["axis"] == (None if checked is None else "data")
         if how == "explicit":
-            assert seen["mesh"].axis_types == (AxisType.Explicit,)
+            assert seen["mesh"].axis_types == (AxisType.Auto,)
     executor(step, "pmap", 4)(jnp.zeros(2), problem())
     assert isinstance(seen["axis"], parallel.Axis) and seen["rows"] == 4 and not seen["axis"].checked
+
+
+def test_a_step_may_open_the_typed_shardings():
+    split, seen = PartitionSpec("data"), []
+
+    def count(x):
+        seen.append(jax.typeof(x).sharding.spec)
+        return x.sum()
+
+    def step(state, batch, *, axis_name=None):
+        return state, jax.sharding.explicit_axes(count, in_sharding=(split,))(batch["x"])
+
+    batch = problem()
+    _, total = executor(step, "explicit", 4)(jnp.zeros(2), batch)
+    assert seen[0][0] == "data" and jax.typeof(total).sharding.mesh.axis_types == (AxisType.Explicit,)
+    np.testing.assert_allclose(total, batch["x"].sum(), rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- donation

@@ -24,7 +24,7 @@ def example_keys(key, name: str, index: Int[Array, " b"], restart=0):
       `[b]` typed keys, `fold_in(fold_in(fold_in(key, crc32(name)), index), restart)`.
     """
     named = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    restarts = jnp.broadcast_to(jnp.asarray(restart, jnp.uint32), index.shape)
+    restarts = jnp.zeros_like(index, jnp.uint32) + jnp.asarray(restart, jnp.uint32)  # laid out as the index
     return jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(named, i), r))(index, restarts)
 
 

@@ -194,8 +194,8 @@ def test_a_run_can_write_down_what_it_minimizes_and_know_it_again(name):
         assert record.differences(first, record.describe(build(name, threats.linf(0.03))))
 
 
-EXECUTORS = [("shard_map", 4), ("jit", 4), ("pmap", 4), ("vmap", 4)]
-PAIRS = [(name, *EXECUTORS[0]) for name in ALL] + [(name, *EXECUTORS[1 + i % 3]) for i, name in enumerate(ALL)]
+EXECUTORS = [("shard_map", 4), ("jit", 4), ("pmap", 4), ("vmap", 4), ("explicit", 4)]
+PAIRS = [(name, *EXECUTORS[0]) for name in ALL] + [(name, *EXECUTORS[1 + i % 4]) for i, name in enumerate(ALL)]
 """Every objective meets shard_map and, in turn, one of the other executors."""
 
 
@@ -220,5 +220,5 @@ def test_every_executor_takes_the_same_step(name, how, devices):
 
     got = run(how, devices)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(got))
-    if name not in MIXING or how == "jit":
+    if name not in MIXING or how in ("jit", "explicit"):
         same(got, run("jit", 1))
