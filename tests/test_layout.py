@@ -35,7 +35,7 @@ FLOORS = {  # docs/architecture.md, "Rooms and floors": a room imports only room
     "cli": 6,
 }
 BORDERS = {  # library: the only paths (regular expressions under jaxadv/) that may import it
-    "flax": r"models/.*|(continuous|spiking|represent)/nets\.py",
+    "flax": r"models/.*|(continuous|spiking|represent)/nets\.py|continuous/zerostable\.py",
     "diffrax": r"continuous/solve\.py",
     "orbax": r"train/checkpoint\.py",
     "tensorflow_datasets": r"data/.*",

@@ -1,0 +1,7 @@
+"""Networks of continuous depth, and those that are read as solvers: fields, solvers, their stability and defenses."""
+
+from jaxadv.continuous.zerostable import ZeroSNet as ZeroSNet
+from jaxadv.continuous.zerostable import char_roots as char_roots
+from jaxadv.continuous.zerostable import coeffs_from_k as coeffs_from_k
+from jaxadv.continuous.zerostable import is_zero_stable as is_zero_stable
+from jaxadv.continuous.zerostable import zerosnet as zerosnet
