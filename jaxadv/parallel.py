@@ -19,6 +19,7 @@ The rules that make the answer the same in every executor:
 6. Loop carries start from data (`zeros_like(x)`), not from constants (`zeros(shape)`).
 """
 
+import contextlib
 import functools
 import math
 import weakref
@@ -346,7 +347,7 @@ def _guarded(run: Callable) -> Callable:
     """Look at what was traced, once for each shape of the arguments, before it runs."""
     seen: set = set()
 
-    def call(state, batch):
+    def look(state, batch):
         shapes = tuple((np.shape(leaf), str(leaf.dtype)) for leaf in jax.tree.leaves((state, batch)))
         if shapes not in seen:
             if _splits_wrongly(run.trace(state, batch).jaxpr.jaxpr):
@@ -358,9 +359,24 @@ def _guarded(run: Callable) -> Callable:
                     "error. Pass how='shard_map', which gives the same answer without the compiler's splitting."
                 )
             seen.add(shapes)
-        return run(state, batch)
+        return contextlib.nullcontext()
 
-    return call
+    return _Within(run, look)
+
+
+class _Within:
+    """A compiled function that is called and lowered within a context made of its arguments."""
+
+    def __init__(self, run: Any, within: Callable):
+        self.run, self.within = run, within
+
+    def __call__(self, state, batch):
+        with self.within(state, batch):
+            return self.run(state, batch)
+
+    def lower(self, state, batch):
+        with self.within(state, batch):
+            return self.run.lower(state, batch)
 
 
 def _splits_wrongly(jaxpr: Any) -> bool:
@@ -400,12 +416,7 @@ def _explicit(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, 
         return jax.sharding.auto_axes(inside, out_sharding=PartitionSpec())(state, batch)
 
     run, mesh, place = _jit(typed, mesh or _one_device(), axes, count, donated, AxisType.Explicit)
-
-    def inside(state, batch):
-        with jax.set_mesh(mesh):
-            return run(state, batch)
-
-    return inside, mesh, place
+    return _Within(run, lambda state, batch: jax.sharding.set_mesh(mesh)), mesh, place
 
 
 def _shard_map(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...]):
@@ -463,6 +474,59 @@ HOW: dict[str, Callable] = {
 """Name of an executor to its builder; the names are what `compile_step` takes as `how`."""
 
 
+class Executor:
+    """A step compiled for an executor: what `compile_step` returns."""
+
+    def __init__(self, run: Any, mesh: Mesh | None, place: Callable, count: int, donate: bool):
+        self._run, self._place, self._count, self._donate = run, place, count, donate
+        self.mesh = mesh
+        self._ours: list[weakref.ref] = []  # the leaves returned by the last call
+
+    def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        """Check the batch, place it and the state, and see to it that only memory of our own is donated."""
+        state, metrics = self._run(*self._placed(state, batch))
+        if self._donate:
+            self._ours[:] = [weakref.ref(leaf) for leaf in jax.tree.leaves(state)]
+        return state, metrics
+
+    def lower(self, state: PyTree, batch: PyTree) -> Any:
+        """Lower the step without running it, to look at its program.
+
+        Args:
+          state: as the step gets it.
+          batch: as the step gets it.
+
+        Returns:
+          A `jax.stages.Lowered`: `.compile()` has `as_text()`, `memory_analysis()` and `cost_analysis()`, for each
+          device.
+        """
+        return self._run.lower(*self._placed(state, batch))
+
+    def _placed(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        rows = _rows(batch) if self.mesh is None else _total_rows(batch)
+        if rows % self._count:
+            raise ValueError(
+                f"the rows of a batch must divide equally among the {self._count} devices; got {rows} rows. "
+                f"Pad with parallel.pad_batch(batch, {self._count})."
+            )
+        if self._donate:
+            state = self._owned(state)
+        elif self.mesh is not None:
+            state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        return state, self._place(batch)
+
+    def _owned(self, state: PyTree) -> PyTree:
+        """The state in memory that may be given away: what we returned ourselves, and copies of all else."""
+        mine, seen = {id(known) for ref in self._ours if (known := ref()) is not None}, set()
+
+        def leaf(a):
+            keep = id(a) in mine and id(a) not in seen
+            seen.add(id(a))
+            return a if keep else replicate(a, self.mesh)
+
+        return jax.tree.map(leaf, state)
+
+
 def compile_step(
     step: Step,
     *,
@@ -471,7 +535,7 @@ def compile_step(
     data_axes: tuple[str, ...] = ("data",),
     donate: bool = True,
     devices: int | None = None,
-) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+) -> Executor:
     """Compile a step for an executor. The answer is the same for all of them and for any number of devices.
 
     | `how` | what runs | when |
@@ -503,9 +567,9 @@ def compile_step(
       devices: number of fake devices of `'vmap'`; None takes as many as the mesh has.
 
     Returns:
-      `callable(state, batch) -> (state, metrics)`: batch is a pytree of `[b, ...]` arrays with all rows (with several
-      processes: the rows of this one, or global arrays); the state comes out without a device axis, the same on every
-        device.
+      An `Executor`, `callable(state, batch) -> (state, metrics)`: batch is a pytree of `[b, ...]` arrays with all rows
+      (with several processes: the rows of this one, or global arrays); the state comes out without a device axis, the
+      same on every device.
 
     Raises:
       ValueError: on an unknown executor or mesh axis; when called, on a batch that the devices cannot share equally.
@@ -525,7 +589,7 @@ def compile_step(
             )
     count = devices or _shards(mesh, data_axes, how)
     run, mesh, place = build(step, mesh, data_axes, count, (0,) if donate else ())
-    return _executor(run, mesh, place, count, donate)
+    return Executor(run, mesh, place, count, donate)
 
 
 def _shards(mesh: Mesh | None, axes: tuple[str, ...], how: str) -> int:
@@ -533,39 +597,6 @@ def _shards(mesh: Mesh | None, axes: tuple[str, ...], how: str) -> int:
     if mesh is None:
         return 1
     return mesh.size if how == "pmap" else math.prod(mesh.shape[name] for name in axes)
-
-
-def _executor(run: Callable, mesh: Mesh | None, place: Callable, count: int, donate: bool) -> Callable:
-    """Check the batch, place it and the state, and see to it that only memory of our own is donated."""
-    ours: list[weakref.ref] = []  # the leaves returned by the last call
-
-    def owned(state):
-        mine, seen = {id(known) for ref in ours if (known := ref()) is not None}, set()
-
-        def leaf(a):
-            keep = id(a) in mine and id(a) not in seen
-            seen.add(id(a))
-            return a if keep else replicate(a, mesh)
-
-        return jax.tree.map(leaf, state)
-
-    def call(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        rows = _rows(batch) if mesh is None else _total_rows(batch)
-        if rows % count:
-            raise ValueError(
-                f"the rows of a batch must divide equally among the {count} devices; got {rows} rows. "
-                f"Pad with parallel.pad_batch(batch, {count})."
-            )
-        if donate:
-            state = owned(state)
-        elif mesh is not None:
-            state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-        state, metrics = run(state, place(batch))
-        if donate:
-            ours[:] = [weakref.ref(leaf) for leaf in jax.tree.leaves(state)]
-        return state, metrics
-
-    return call
 
 
 def _total_rows(batch: PyTree) -> int:
