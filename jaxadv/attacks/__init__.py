@@ -112,6 +112,17 @@ from jaxadv.attacks.transferable import si_fgsm as si_fgsm
 from jaxadv.attacks.transferable import ti_fgsm as ti_fgsm
 from jaxadv.attacks.transferable import transferable as transferable
 from jaxadv.attacks.transferable import vmi_fgsm as vmi_fgsm
+from jaxadv.attacks.universal import UNIVERSAL as UNIVERSAL
+from jaxadv.attacks.universal import Found as Found
+from jaxadv.attacks.universal import Patch as Patch
+from jaxadv.attacks.universal import Placement as Placement
+from jaxadv.attacks.universal import Universal as Universal
+from jaxadv.attacks.universal import UniversalDeepFool as UniversalDeepFool
+from jaxadv.attacks.universal import UniversalGradient as UniversalGradient
+from jaxadv.attacks.universal import patch as patch
+from jaxadv.attacks.universal import patched as patched
+from jaxadv.attacks.universal import universal as universal
+from jaxadv.attacks.universal import universal_gradient as universal_gradient
 from jaxadv.core.run import best_of as best_of
 from jaxadv.core.types import Attack
 

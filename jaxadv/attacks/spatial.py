@@ -43,16 +43,16 @@ def _images(x: Any, what: str, channels: int | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------------ geometry
 
 
-def resample(x: Float[Array, "b h w c"], down: Float[Array, "b h w"], right: Float[Array, "b h w"]) -> Array:
+def resample(x: Float[Array, "b h w c"], down: Float[Array, "b p q"], right: Float[Array, "b p q"]) -> Array:
     """Read images at other places, linearly between the four pixels around; outside them there is zero.
 
     Args:
       x: `[b, h, w, c]`.
-      down: `[b, h, w]` row that each new pixel is read at, in pixels.
-      right: `[b, h, w]` column.
+      down: `[b, p, q]` row that each new pixel is read at, in pixels.
+      right: `[b, p, q]` column.
 
     Returns:
-      `[b, h, w, c]`; gradients pass to the places and to `x`.
+      `[b, p, q, c]`; gradients pass to the places and to `x`.
     """
     down, right = down[:, None], right[:, None]
     row = jnp.floor(down) + jnp.array([0, 0, 1, 1], x.dtype).reshape(1, 4, 1, 1)
