@@ -46,6 +46,8 @@ BORDERS = {  # library: the only paths (regular expressions under jaxadv/) that 
 LATE = {
     "tensorflow_datasets",
     "array_record",
+    "dp_accounting",
+    "jax_privacy",
 }  # imported inside functions only: the package works where they are absent
 NEVER = {"tensorflow": "read records through tfds data sources", "torch": "pass arrays (models.from_torch_arrays)"}
 DISTRIBUTIONS = {
@@ -55,7 +57,6 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 WAITING = {  # declared, and imported by no file of the package yet
-    "diffrax": "named by the project's owner as part of the core stack; the room continuous/ is its border",
     "lineax": "arrives with diffrax; listed because influence functions and Gauss-Newton will import it directly",
     "optimistix": "arrives with diffrax; listed because root finding in attacks will import it directly",
     "chex": "named by the project's owner as part of the core stack; the tests count traces with it",
@@ -198,6 +199,8 @@ def test_a_file_keeps_to_its_floor_and_its_borders(path):
         ("evaluate/a.py", "def f():\n    import tensorflow_datasets as tfds", "tensorflow_datasets"),
         ("data/a.py", "import tensorflow_datasets as tfds", "inside the function"),
         ("data/a.py", "from array_record.python import array_record_module", "inside the function"),
+        ("privacy/a.py", "import dp_accounting", "inside the function"),
+        ("privacy/a.py", "from jax_privacy import auditing", "inside the function"),
         ("evaluate/a.py", "from rich.table import Table", "rich"),
         ("train/a.py", "import tyro", "tyro"),
         ("data/a.py", "def f():\n    import tensorflow as tf", "tensorflow"),
@@ -276,14 +279,16 @@ def third_party(folder: Path) -> dict[str, set[str]]:
 def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported():
     declared = {bare(r) for r in project()["dependencies"]}
     imported = third_party(PACKAGE)
-    undeclared = {name: sorted(files) for name, files in imported.items() if name not in declared}
+    late = {DISTRIBUTIONS.get(name, name).replace("_", "-") for name in LATE}
+    extra = {bare(r) for extra in ("privacy",) for r in project()["optional-dependencies"][extra]}
+    undeclared = {name: sorted(files) for name, files in imported.items() if name not in declared | (extra & late)}
     assert undeclared == {}, "add them to [project] dependencies, or import them no more"
     assert declared - set(imported) == set(WAITING), "declared but not imported must be listed in WAITING with a reason"
 
 
 def test_what_the_tests_import_is_in_the_test_extra():
     extras = project()["optional-dependencies"]
-    declared = {bare(r) for r in [*project()["dependencies"], *extras["test"]]} | {"sklearn"}
+    declared = {bare(r) for r in [*project()["dependencies"], *extras["test"], *extras["privacy"]]} | {"sklearn"}
     assert "scikit-learn" in {bare(r) for r in extras["test"]}
     undeclared = {name: sorted(files) for name, files in third_party(ROOT / "tests").items() if name not in declared}
     assert undeclared == {}

@@ -27,7 +27,10 @@ _COMMON = ("self", "shape", "classes", "mean", "std", "rngs")
 _SPEC = ("name", "shape", "classes", "mean", "std", "options")
 
 
-def create(name: str, key, *, shape: Sequence[int], classes: int, mean=None, std=None, **options: Any) -> Trainable:
+def create(
+    name: str, key, *, shape: Sequence[int], classes: int, mean=None, std=None, nets: Mapping[str, type[Net]] = NETS,
+    **options: Any,
+) -> Trainable:  # fmt: skip
     """Build a bundled network with fresh weights.
 
     Args:
@@ -37,6 +40,7 @@ def create(name: str, key, *, shape: Sequence[int], classes: int, mean=None, std
       classes: number of classes.
       mean: subtracted inside the network, one number or one for each channel; None for 0.
       std: divides after that; None for 1.
+      nets: name to network; other rooms have tables of their own.
       **options: of the network, e.g. `width=16`, `norm='group'`; see the classes in `NETS`. Weights are drawn by
         `init='torch'` (PyTorch's default, the default) or `init='kaiming_normal'`.
 
@@ -47,7 +51,7 @@ def create(name: str, key, *, shape: Sequence[int], classes: int, mean=None, std
       ValueError: on an unknown name or option (the message names the nearest or the valid ones), or an impossible
         value.
     """
-    net = check.choice("network", name, NETS)
+    net = check.choice("network", name, nets)
     valid = [option for option in inspect.signature(net.__init__).parameters if option not in _COMMON]
     for option in options:
         if option not in valid:
@@ -56,7 +60,10 @@ def create(name: str, key, *, shape: Sequence[int], classes: int, mean=None, std
     return trainable(net(tuple(shape), classes, mean, std, **options, rngs=nnx.Rngs(key)))
 
 
-def make_spec(name: str, *, shape: Sequence[int], classes: int, mean=None, std=None, **options: Any) -> dict[str, Any]:
+def make_spec(
+    name: str, *, shape: Sequence[int], classes: int, mean=None, std=None, nets: Mapping[str, type[Net]] = NETS,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Describe a network by the arguments of `create`, as plain values that survive JSON.
 
     Args:
@@ -65,6 +72,7 @@ def make_spec(name: str, *, shape: Sequence[int], classes: int, mean=None, std=N
       classes: number of classes.
       mean: see `create`.
       std: see `create`.
+      nets: see `create`.
       **options: see `create`.
 
     Returns:
@@ -73,7 +81,7 @@ def make_spec(name: str, *, shape: Sequence[int], classes: int, mean=None, std=N
     Raises:
       ValueError: if the name is unknown.
     """
-    check.choice("network", name, NETS)
+    check.choice("network", name, nets)
 
     def plain(value):
         if value is None or isinstance(value, (bool, str)):
@@ -92,12 +100,13 @@ def make_spec(name: str, *, shape: Sequence[int], classes: int, mean=None, std=N
     }
 
 
-def from_spec(spec: Mapping[str, Any], key) -> Trainable:
+def from_spec(spec: Mapping[str, Any], key, *, nets: Mapping[str, type[Net]] = NETS) -> Trainable:
     """Build the network that a spec describes, with fresh weights.
 
     Args:
       spec: what `make_spec` returns; `mean`, `std` and `options` may be left out.
       key: a typed key.
+      nets: see `create`.
 
     Returns:
       The trainable.
@@ -119,5 +128,6 @@ def from_spec(spec: Mapping[str, Any], key) -> Trainable:
         classes=spec["classes"],
         mean=spec.get("mean"),
         std=spec.get("std"),
+        nets=nets,
         **(spec.get("options") or {}),
     )

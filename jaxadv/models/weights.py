@@ -26,9 +26,9 @@ SCHEMA = "jaxadv.weights.1"
 """Version of the file's layout, in its metadata."""
 
 
-def _expected(spec: Mapping[str, Any]) -> Trainable:
+def _expected(spec: Mapping[str, Any], nets: Mapping[str, Any] = NETS) -> Trainable:
     """Return the network of a spec with shapes and dtypes in the place of arrays; nothing is computed."""
-    return jax.eval_shape(lambda key: from_spec(spec, key), jax.random.key(0))
+    return jax.eval_shape(lambda key: from_spec(spec, key, nets=nets), jax.random.key(0))
 
 
 def _named(trainable: Trainable) -> dict[str, Any]:
@@ -57,13 +57,16 @@ def _compare(want: Mapping[str, Any], got: Mapping[str, Any], what: str, fix: st
         )
 
 
-def save(path: str | os.PathLike, trainable: Trainable, spec: Mapping[str, Any]) -> None:
+def save(
+    path: str | os.PathLike, trainable: Trainable, spec: Mapping[str, Any], *, nets: Mapping[str, Any] = NETS
+) -> None:
     """Write weights and their spec into one safetensors file, atomically: a reader never sees half a file.
 
     Args:
       path: the file; by custom it ends in `.safetensors`. Its folder must exist.
       trainable: the weights, those of the network that `spec` describes.
       spec: what `make_spec` returns.
+      nets: name to network, see `create`.
 
     Raises:
       ValueError: if the weights do not fit the spec.
@@ -71,10 +74,10 @@ def save(path: str | os.PathLike, trainable: Trainable, spec: Mapping[str, Any])
     """
     from safetensors.numpy import save as to_bytes
 
-    spec = make_spec(**{k: v for k, v in spec.items() if k != "options"}, **(spec.get("options") or {}))
+    spec = make_spec(**{k: v for k, v in spec.items() if k != "options"}, nets=nets, **(spec.get("options") or {}))
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in jax.device_get(_named(trainable)).items()}
     _compare(
-        _named(_expected(spec)),
+        _named(_expected(spec, nets)),
         arrays,
         "weights",
         "Pass the spec that the network was created from, and float32 weights.",
@@ -86,11 +89,12 @@ def save(path: str | os.PathLike, trainable: Trainable, spec: Mapping[str, Any])
     atomic_write(path, lambda file: file.write(content))
 
 
-def load(path: str | os.PathLike) -> tuple[Trainable, dict[str, Any]]:
+def load(path: str | os.PathLike, *, nets: Mapping[str, Any] = NETS) -> tuple[Trainable, dict[str, Any]]:
     """Read a file that `save` wrote.
 
     Args:
       path: the file.
+      nets: name to network, see `create`.
 
     Returns:
       The trainable and its spec.
@@ -121,7 +125,7 @@ def load(path: str | os.PathLike) -> tuple[Trainable, dict[str, Any]]:
         )
     try:
         spec = json.loads(metadata["spec"])
-        expected = _expected(spec)
+        expected = _expected(spec, nets)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} must describe a network of this version; got a spec that fails: {error}. Save it again."
@@ -202,7 +206,7 @@ def from_torch_arrays(spec: Mapping[str, Any], arrays: Mapping[str, Any]) -> Tra
     Raises:
       ValueError: if arrays are missing, unexpected, or of the wrong shape.
     """
-    expected = _expected(spec)
+    expected = _expected(spec, nets)
     net, want = spec["name"], _named(expected)
     flat = NETS[net].flattened(spec["shape"])
     renamed: dict[str, Any] = {}

@@ -1,0 +1,297 @@
+"""Networks with a block that is solved instead of stacked: ODENet in its two published forms, at any width.
+
+What lives here: the fields, the block that solves them, the networks (`NETS`) and `create`. What does not: solving
+(`solve`), losses (`tisode`, `latent`), other solvers for the same weights (`surrogates`).
+
+The block listens to three hints of a call (`Trainable.apply(..., hints=...)`), so that losses and evaluations need no
+networks of their own:
+
+| hint | effect |
+| --- | --- |
+| `solve` | a `SolveCfg` in the place of the block's own |
+| `times` | `[n]` or `[n, b]`: the states at these times; what follows sees `n * b` rows, time first |
+| `steady` | `(ta, tb)`: also the mean motion of each row between these times, told to the tap `block.motion` |
+
+The tap `block.stats` is the `SolveStats` of the call.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxadv.continuous.solve import SolveCfg, ode_solve
+from jaxadv.core import Trainable, check
+from jaxadv.models import GroupNorm
+from jaxadv.models import create as models_create
+from jaxadv.models.nets import Net, conv, dense, image_shape
+from jaxadv.models.norms import Layer
+
+_EDGE = 1e-5
+"""Slack with which times on a grid are compared: more than rounding, less than a step."""
+
+
+class Told(Layer):
+    """The identity, whose tap shows what passes."""
+
+    def __call__(self, value):
+        """Return `value`."""
+        return value
+
+
+class Field(nnx.Module):
+    """A vector field on feature maps: 3x3 convolutions that see the time as a further channel, norms, activations.
+
+    Args:
+      channels: of the state.
+      first: whether norm and activation come before each convolution (and a norm ends the field), as in torchdiffeq's
+        example; else after it, as in TisODE.
+      time: whether the field sees the time; without it, convolutions have no bias, as in TisODE.
+      groups: of the norms, at most.
+      init: of the weights, see `models.NETS`.
+      rngs: randomness of the weights.
+    """
+
+    def __init__(self, channels: int, *, first: bool, time: bool, groups: int, init: str, rngs: nnx.Rngs):
+        made = partial(conv, channels + time, channels, 3, padding=1, bias=time, init=init, rngs=rngs)
+        self.conv1, self.conv2 = made(), made()
+        self.norms = nnx.List([GroupNorm(channels, groups=groups) for _ in range(3 if first else 2)])
+        self.first, self.time = first, time
+
+    def __call__(self, t, z):
+        """Return the motion of `z` `[b, h, w, c]` at time `t`."""
+
+        def seen(conv, z):
+            clock = jnp.broadcast_to(t.astype(z.dtype), (*z.shape[:-1], 1))
+            return conv(jnp.concatenate([clock, z], -1) if self.time else z)
+
+        if not self.first:
+            for conv, norm in zip((self.conv1, self.conv2), self.norms):
+                z = jax.nn.relu(norm(seen(conv, z)))
+            return z
+        for conv, norm in zip((self.conv1, self.conv2), self.norms):
+            z = seen(conv, jax.nn.relu(norm(z)))
+        return self.norms[-1](z)
+
+
+def _motion(graph, arrays, t, z):
+    return nnx.merge(graph, arrays)(t, z)
+
+
+def _with_integral(since, graph, arrays, t, state):
+    """The field, and beside it the mean absolute motion of each row from a time on."""
+    dz = _motion(graph, arrays, t, state[0])
+    pace = jnp.mean(jnp.abs(dz), axis=tuple(range(1, dz.ndim)))
+    return dz, jnp.where(t >= since - _EDGE, pace, 0)
+
+
+class ODEBlock(Layer):
+    """A layer whose output is the state of its field at the end of the solve.
+
+    Args:
+      field: called as `field(t, z)`; its parameters are the block's.
+      cfg: what to solve with.
+    """
+
+    def __init__(self, field: nnx.Module, cfg: SolveCfg):
+        self.field, self.cfg = field, cfg
+        self.stats, self.motion = Told(), Told()
+
+    def __call__(self, z):
+        """Return `[b, ...]`, or `[n * b, ...]` with the hint `times`."""
+        for _, part in nnx.iter_modules(self.field):
+            vars(part).pop("call", None)  # settings of this call are no part of the field's structure
+        graph, arrays = nnx.split(self.field)
+        hints = self.call.hints
+        cfg, times, steady = hints.get("solve") or self.cfg, hints.get("times"), hints.get("steady")
+        if steady is None:
+            out, stats = ode_solve(partial(_motion, graph), nnx.to_pure_dict(arrays), z, cfg, ts=times)
+            self.stats(stats)
+            return out if times is None else out.reshape(-1, *out.shape[2:])
+        if times is not None:
+            raise ValueError("a call must have one of the hints 'times' and 'steady'; got both. Ask twice.")
+        since, until = steady
+        long = extended(cfg, since, until)
+        field = partial(_with_integral, since, graph)
+        state = z, jnp.zeros(z.shape[0], z.dtype)
+        (out, integral), stats = ode_solve(field, nnx.to_pure_dict(arrays), state, long, ts=(cfg.t1, long.t1))
+        self.stats(stats)
+        self.motion(integral[-1])
+        return out[0]
+
+
+def extended(cfg: SolveCfg, since: float, until: float) -> SolveCfg:
+    """Return the configuration that goes on to `until`, on the same grid where it is fixed.
+
+    Args:
+      cfg: ends at the time of the answer.
+      since: where a window begins, from `cfg.t0` on.
+      until: where it ends, not before `cfg.t1`.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ValueError: if the window does not lie so, or is no whole number of steps of the fixed grid.
+    """
+    if not cfg.t0 <= since < until or until < cfg.t1:
+        raise ValueError(
+            f"the window must begin between t0 and its end, and end at t1 or later; got {since} to {until} for "
+            f"t0={cfg.t0}, t1={cfg.t1}."
+        )
+    if cfg.mode == "adaptive":
+        return dataclasses.replace(cfg, t1=float(until))
+    h = (cfg.t1 - cfg.t0) / cfg.n_steps
+    places = [(at - cfg.t0) / h for at in (since, until)]
+    if any(abs(place - round(place)) > 1e-3 for place in places):
+        raise ValueError(
+            f"the window must begin and end on the grid of steps {h:g}; got {since} to {until}. "
+            "Use more n_steps, or move it."
+        )
+    return dataclasses.replace(cfg, t1=float(until), n_steps=round(places[1]))
+
+
+class ODENet(Net):
+    """Convolutions, a block that is solved, and a linear layer on the mean over space; base of the published networks.
+
+    Args:
+      shape: (height, width, channels).
+      classes: number of classes.
+      mean: see `models.NETS`.
+      std: see `models.NETS`.
+      channels: of all feature maps.
+      stem: convolutions before the block: 3x3 without padding, then 4x4 with stride 2. 1 suits images of 8x8.
+      cfg: a `SolveCfg`, or its settings as a mapping, which survive JSON.
+      first: see `Field`.
+      time: see `Field`.
+      groups: of the norms, at most.
+      init: `'torch'` (default, as published) or `'kaiming_normal'`.
+      rngs: randomness of the weights.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], classes: int, mean=None, std=None, *, channels: int, stem: int, cfg: Any,
+        first: bool, time: bool, groups: int, init: str, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        super().__init__(shape, classes, mean, std)
+        height, width, inputs = image_shape("an ODENet", shape)
+        for name, value in (("channels", channels), ("stem", stem), ("groups", groups)):
+            check.whole(name, value)
+        side = min(height, width) - 2
+        for _ in range(stem - 1):
+            side //= 2
+        if side < 1:
+            raise ValueError(
+                f"an ODENet must have images large enough for its {stem} convolutions; got {tuple(shape)}. Use stem=1."
+            )
+        made = partial(conv, init=init, rngs=rngs)
+        self.convs = nnx.List(
+            [made(inputs, channels, 3), *(made(channels, channels, 4, stride=2, padding=1) for _ in range(stem - 1))]
+        )
+        normed = stem - 1 if first else stem
+        self.norms = nnx.List([GroupNorm(channels, groups=groups) for _ in range(normed)])
+        field = Field(channels, first=first, time=time, groups=groups, init=init, rngs=rngs)
+        self.block = ODEBlock(field, cfg if isinstance(cfg, SolveCfg) else SolveCfg(**dict(cfg or {})))
+        self.norm = GroupNorm(channels, groups=groups) if first else None
+        self.linear = dense(channels, classes, init=init, rngs=rngs)
+
+    def forward(self, x):
+        """Return logits from the normalized input."""
+        for number, layer in enumerate(self.convs):
+            x = layer(x)
+            if number < len(self.norms):
+                x = jax.nn.relu(self.norms[number](x))
+        x = self.block(x)
+        if self.norm is not None:
+            x = jax.nn.relu(self.norm(x))
+        return self.linear(x.mean((1, 2)))
+
+
+class ODENetMNIST(ODENet):
+    """The ODE network of torchdiffeq's MNIST example: norms before activations, adaptive steps.
+
+    208,266 parameters on MNIST with 64 channels. A batch is solved by rows; the example solves it jointly
+    (`cfg={'batching': 'joint'}`).
+
+    Args:
+      shape: (height, width, channels).
+      classes: number of classes.
+      mean: see `models.NETS`.
+      std: see `models.NETS`.
+      channels: of all feature maps.
+      stem: see `ODENet`.
+      cfg: settings of `SolveCfg`; default Dormand-Prince 5(4) at tolerances of 1e-3, as published.
+      time: whether the field sees the time.
+      groups: of the norms, at most.
+      init: see `ODENet`.
+      rngs: randomness of the weights.
+
+    References:
+      Chen et al. 2018, Neural ordinary differential equations, arXiv:1806.07366; code rtqichen/torchdiffeq,
+      examples/odenet_mnist.py.
+    """
+
+    def __init__(
+        self, shape, classes, mean=None, std=None, *, channels: int = 64, stem: int = 3,
+        cfg: Mapping | SolveCfg | None = None, time: bool = True, groups: int = 32, init: str = "torch", rngs: nnx.Rngs,
+    ):  # fmt: skip
+        settings = {"channels": channels, "stem": stem, "time": time, "groups": groups, "init": init, "rngs": rngs}
+        super().__init__(shape, classes, mean, std, cfg=cfg, first=True, **settings)
+
+
+class ODENetTis(ODENet):
+    """The ODE network of TisODE: norms and activations after convolutions, so motion is never negative; Euler steps.
+
+    142,410 parameters on MNIST with 64 channels; without the time (`time=False`, TisODE itself) 141,130.
+
+    Args:
+      shape: (height, width, channels).
+      classes: number of classes.
+      mean: see `models.NETS`.
+      std: see `models.NETS`.
+      channels: of all feature maps.
+      stem: see `ODENet`.
+      cfg: settings of `SolveCfg`; default ten Euler steps, as published.
+      time: whether the field sees the time; TisODE's does not.
+      groups: of the norms, at most.
+      init: see `ODENet`.
+      rngs: randomness of the weights.
+
+    References:
+      Yan et al. 2020, On robustness of neural ordinary differential equations, arXiv:1910.05513; code HanshuYAN/TisODE.
+    """
+
+    def __init__(
+        self, shape, classes, mean=None, std=None, *, channels: int = 64, stem: int = 2,
+        cfg: Mapping | SolveCfg | None = None, time: bool = True, groups: int = 32, init: str = "torch", rngs: nnx.Rngs,
+    ):  # fmt: skip
+        settings = {"channels": channels, "stem": stem, "time": time, "groups": groups, "init": init, "rngs": rngs}
+        cfg = SolveCfg("euler", "fixed") if cfg is None else cfg
+        super().__init__(shape, classes, mean, std, cfg=cfg, first=False, **settings)
+
+
+NETS: dict[str, type[Net]] = {"odenet_mnist": ODENetMNIST, "odenet_tis": ODENetTis}
+"""Name of a network of continuous depth to its class; `models.save` and `models.load` take it as `nets=`."""
+
+
+def create(name: str, key, *, shape: Sequence[int], classes: int, **options: Any) -> Trainable:
+    """Build a network of continuous depth with fresh weights.
+
+    Args:
+      name: one of `NETS`.
+      key: a typed key.
+      shape: shape of one example, (height, width, channels).
+      classes: number of classes.
+      **options: of the network, and `mean` and `std`, see `models.create`.
+
+    Returns:
+      The trainable.
+
+    Raises:
+      ValueError: on an unknown name or option, or an impossible value.
+    """
+    return models_create(name, key, shape=shape, classes=classes, nets=NETS, **options)
