@@ -206,7 +206,7 @@ def from_torch_arrays(spec: Mapping[str, Any], arrays: Mapping[str, Any]) -> Tra
     Raises:
       ValueError: if arrays are missing, unexpected, or of the wrong shape.
     """
-    expected = _expected(spec, nets)
+    expected = _expected(spec)
     net, want = spec["name"], _named(expected)
     flat = NETS[net].flattened(spec["shape"])
     renamed: dict[str, Any] = {}
