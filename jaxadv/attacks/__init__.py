@@ -70,6 +70,10 @@ from jaxadv.attacks.minimum import within as within
 from jaxadv.attacks.noise import SaltAndPepper as SaltAndPepper
 from jaxadv.attacks.noise import salt_and_pepper as salt_and_pepper
 from jaxadv.attacks.optimizers import adam_pgd as adam_pgd
+from jaxadv.attacks.outputs import flattened as flattened
+from jaxadv.attacks.outputs import minus_squared_error as minus_squared_error
+from jaxadv.attacks.outputs import obs_atk as obs_atk
+from jaxadv.attacks.outputs import pixel_margin as pixel_margin
 from jaxadv.attacks.scale import scaled as scaled
 from jaxadv.attacks.scores import OnePixel as OnePixel
 from jaxadv.attacks.scores import Search as Search

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
 from jaxadv.attacks.draws import Expectation, asked, descend, majority, takes_keys
-from jaxadv.attacks.judge import dead, judge
+from jaxadv.attacks.judge import dead, held, judge, unfenced
 from jaxadv.core import (
     Attack,
     Result,
@@ -235,7 +235,7 @@ class APGD(Attack):
 
         loss, grad, (score, broken, finite) = self._ask(model, point, self._aim(state, y), y, keys)
         lost = dead(grad)
-        grad = jnp.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+        grad = held(threat, jnp.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0), point)
         state = self._remember(state, point, score, broken & now.final, now.final)
 
         better = now.begin | (loss < state.best_loss)
@@ -499,6 +499,7 @@ def apgd(
     check.whole("targets", targets, least=0)
     if compat is not None:
         check.choice("compat", compat, ("official",))
+        unfenced(threat, f"{name} as it was published")
     rounds = restarts * max(targets, 1)
     return APGD(
         threat=threat,

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxadv.attacks.judge import judge
+from jaxadv.attacks.judge import judge, unfenced
 from jaxadv.core import Attack, Result, Threat, check, edges, pytree, select, static, step_keys
 
 NORMS = ("linf", "l2", "l1")
@@ -382,6 +382,7 @@ def square(
       of exactly zero; `queries` counts the start.
     """
     check.choice("norm for square", threat.norm, NORMS)
+    unfenced(threat, name)
     check.whole("queries", queries)
     check.whole("restarts", restarts)
     if not 0 < p_init <= 1:

@@ -301,7 +301,7 @@ def spsa(
     References:
       Uesato et al. 2018, Adversarial risk and the dangers of evaluating against weak attacks, alg. 2, arXiv:1802.05666.
     """
-    ball(threat, ("linf", "l2"), name)
+    ball(threat, ("linf", "l2"), name, fences=True)
     wiring = {"steps": _steps(queries, samples), "start": "zero", "loss": losses.margin, "early": early}
     inner = adam_pgd(threat, **wiring | {"step_size": step_size} | settings)
     return estimated(inner, directions="signs", samples=samples, sigma=sigma, at_once=at_once, name=name)

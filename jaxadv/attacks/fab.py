@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv.attacks.apgd import NORMS, largest_where
-from jaxadv.attacks.judge import ask, dead, judge
+from jaxadv.attacks.judge import ask, dead, judge, unfenced
 from jaxadv.core import (
     Attack,
     Result,
@@ -327,6 +327,7 @@ def _built(threat: Threat, targets: int, steps: int, restarts: int, settings: di
             f"threat must be a norm ball linf, l2 or l1 for {name}; got {threat.norm}. "
             "For other threats use pgd; for a union attack each member."
         )
+    unfenced(threat, name)
     check.whole("steps", steps)
     check.whole("restarts", restarts)
     rounds = restarts * max(targets, 1)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
 from jaxadv.attacks.draws import descend
-from jaxadv.attacks.judge import dead, judge
+from jaxadv.attacks.judge import dead, held, judge
 from jaxadv.core import Attack, Result, Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
 
@@ -182,7 +182,8 @@ class GradientAttack(Attack):
         return state._replace(best=best, score=score, broken=state.broken | broken)
 
     def _movable(self, rise, point):
-        """For norms whose steepest step moves few features: leave out those that stand at a bound and push outward."""
+        """Leave out what may not move; where steps move few features also what stands at a bound and pushes outward."""
+        rise = held(self.threat, rise, point)
         if not getattr(self.threat, "sparse", False):
             return rise
         low, high = edges(self.threat.bounds, point)

@@ -1,7 +1,7 @@
 """What every attack asks: the logits, how near to failing, whether failing, whether a gradient is of any use.
 
-What lives here: `ask`, `judge` and `dead`. What does not: the verdict that counts (`evaluate.verdict`, with a forward
-pass of its own); this one steers a search.
+What lives here: `ask`, `judge` and `dead`, and `held` and `unfenced` for features that may not move. What does not: the
+verdict that counts (`evaluate.verdict`, with a forward pass of its own); this one steers a search.
 """
 
 from collections.abc import Callable
@@ -66,3 +66,34 @@ def dead(grad: Float[Array, "b ..."]) -> Bool[Array, " b"]:
       `[b]`.
     """
     return jnp.all(rows.flat((grad == 0) | ~jnp.isfinite(grad)), axis=-1)
+
+
+def held(threat: Any, grad: Float[Array, "b ..."], point: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Leave out of a gradient what the threat never lets move, before anybody takes its norm.
+
+    Args:
+      threat: any threat; one with `movable` (see `threats.structured`) says what may.
+      grad: `[b, ...]`.
+      point: `[b, ...]` a point of the threat.
+
+    Returns:
+      `[b, ...]`.
+    """
+    return jnp.where(threat.movable(point), grad, 0) if hasattr(threat, "movable") else grad
+
+
+def unfenced(threat: Any, name: str) -> None:
+    """Check that an attack, whose moves know of no limits of single features, is not given any.
+
+    Args:
+      threat: the threat.
+      name: of the attack.
+
+    Raises:
+      ValueError: if the threat has fences.
+    """
+    if hasattr(threat, "movable"):
+        raise ValueError(
+            f"threat must be a norm ball without fences for {name}; got a fenced {threat.norm}. "
+            "pgd and its kin, apgd and fmn take fences."
+        )

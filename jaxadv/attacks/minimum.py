@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
-from jaxadv.attacks.judge import ask, dead, judge
+from jaxadv.attacks.judge import ask, dead, held, judge, unfenced
 from jaxadv.core import Attack, Result, Targets, Threat, check, edges, is_labels, pytree, select, static, step_keys
 from jaxadv.core.rows import flat, wide
 from jaxadv.threats import l2
@@ -157,7 +157,7 @@ class MinimumNorm(Attack):
         value, logits, grad = slope(loss, model, state.point, y)
         seen, fails = self._seen(state, logits, x, y)
         seen = seen._replace(zero_gradient=seen.zero_gradient | dead(grad), step=state.step + 1, spent=state.spent + 1)
-        return seen, fails, value, mended(grad)
+        return seen, fails, value, held(self.threat, mended(grad), state.point)
 
 
 def slope(loss: Callable, model, point, y):
@@ -209,17 +209,20 @@ def cosine(step: Int[Array, " b"], steps: int, first: float, last: float) -> Flo
     return last + (first - last) * (1 + jnp.cos(math.pi * step / steps)) / 2
 
 
-def ball(threat: Threat, norms: tuple[str, ...], name: str) -> None:
+def ball(threat: Threat, norms: tuple[str, ...], name: str, *, fences: bool = False) -> None:
     """Check that an attack takes a threat.
 
     Args:
       threat: the threat.
       norms: the norms that the attack works in.
       name: of the attack.
+      fences: whether it works with limits of single features, too (`threats.masked` and its kin).
 
     Raises:
-      ValueError: if the threat is no ball of one of these norms.
+      ValueError: if the threat is no ball of one of these norms, or has fences that the attack does not know.
     """
+    if not fences:
+        unfenced(threat, name)
     if threat.norm not in norms:
         raise ValueError(
             f"threat must be a norm ball {' or '.join(norms)} for {name}; got {threat.norm}. "
@@ -516,7 +519,7 @@ def fmn(
       move that falls short of it is stretched to it (steps alone stall where gradients are small); projections respect
       the bounds (l1, l0); no start from a given failing point; the last point is a candidate, too.
     """
-    ball(threat, ("linf", "l2", "l1", "l0"), name)
+    ball(threat, ("linf", "l2", "l1", "l0"), name, fences=True)
     check.whole("steps", steps)
     for what, pair in (("rates", rates), ("gammas", gammas)):
         if len(pair) != 2 or not pair[0] >= pair[1] > 0:

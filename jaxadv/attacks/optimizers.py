@@ -57,7 +57,7 @@ def adam_pgd(
       Kingma and Ba 2015, Adam: a method for stochastic optimization, alg. 1, arXiv:1412.6980, on the loss of Madry et
       al. 2018, arXiv:1706.06083. Every row has an optimizer of its own.
     """
-    ball(threat, ("linf", "l2"), name)
+    ball(threat, ("linf", "l2"), name, fences=True)
     for what, value in (("decay", decay), ("square", square)):
         if not 0 <= value < 1:
             raise ValueError(f"{what} must be a share in [0, 1); got {value}. Adam's own are 0.9 and 0.999.")

@@ -449,7 +449,7 @@ def transferable(
       gradients as brought to a mean size of one per feature in linf, not to a sum of one, and `v` is what the
       neighbors add to the gradient that was asked. Differs from them: labels are given, not those predicted first.
     """
-    ball(threat, ("linf", "l2", "l1"), name)
+    ball(threat, ("linf", "l2", "l1"), name, fences=True)
     check.whole("neighbors", neighbors, least=0)
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta must be finite and at least 0; got {beta}. It is in units of the budget; usual is 1.5.")
