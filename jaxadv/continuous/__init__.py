@@ -1,7 +1,17 @@
 """Networks of continuous depth, and those that are read as solvers: fields, solvers, their stability and defenses."""
 
+from jaxadv.continuous.latent import ESTIMATORS as ESTIMATORS
+from jaxadv.continuous.latent import PRIOR as PRIOR
+from jaxadv.continuous.latent import at_times as at_times
+from jaxadv.continuous.latent import gamma_kl as gamma_kl
+from jaxadv.continuous.latent import latent_time as latent_time
+from jaxadv.continuous.latent import lt_node as lt_node
+from jaxadv.continuous.latent import posterior as posterior
+from jaxadv.continuous.latent import predict as predict
+from jaxadv.continuous.latent import sampled as sampled
 from jaxadv.continuous.nets import NETS as NETS
 from jaxadv.continuous.nets import create as create
+from jaxadv.continuous.nets import time_encoder as time_encoder
 from jaxadv.continuous.solve import METHODS as METHODS
 from jaxadv.continuous.solve import SolveCfg as SolveCfg
 from jaxadv.continuous.solve import SolveStats as SolveStats
@@ -13,6 +23,14 @@ from jaxadv.continuous.standalone import sensitivity_attack as sensitivity_attac
 from jaxadv.continuous.standalone import snode as snode
 from jaxadv.continuous.standalone import snode_ncg as snode_ncg
 from jaxadv.continuous.standalone import sobolev as sobolev
+from jaxadv.continuous.surrogates import cfg_of as cfg_of
+from jaxadv.continuous.surrogates import fixed_step as fixed_step
+from jaxadv.continuous.surrogates import ode_model as ode_model
+from jaxadv.continuous.surrogates import solved as solved
+from jaxadv.continuous.surrogates import surrogate_gradient as surrogate_gradient
+from jaxadv.continuous.surrogates import with_cfg as with_cfg
+from jaxadv.continuous.surrogates import with_tolerance as with_tolerance
+from jaxadv.continuous.tisode import tisode as tisode
 from jaxadv.continuous.zerostable import ZeroSNet as ZeroSNet
 from jaxadv.continuous.zerostable import char_roots as char_roots
 from jaxadv.continuous.zerostable import coeffs_from_k as coeffs_from_k

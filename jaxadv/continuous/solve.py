@@ -364,8 +364,8 @@ def _scanned(field: Callable, params: PyTree, z0: PyTree, cfg: SolveCfg, ts: Any
         (_, _, z), _ = lax.scan(kept(look), (z0, field(params, times[0], z0), out), times)
     nfe = len(b) * cfg.n_steps + (ts is not None)
     ok = _finite(z, joint=cfg.batching == "joint", leading=ts is not None)
-    whole = [jnp.full(ok.shape, n, jnp.int32) for n in (cfg.n_steps, cfg.n_steps, 0, nfe)]
-    return z, SolveStats(*whole, ok)
+    steps, none, asked = (jnp.full(ok.shape, n, jnp.int32) for n in (cfg.n_steps, 0, nfe))
+    return z, SolveStats(steps, steps, none, asked, ok)
 
 
 def _between(t: Array, h: float, ts: Array, ends: tuple, out: PyTree) -> PyTree:
@@ -480,8 +480,9 @@ def _stats(solution: Any, cfg: SolveCfg, z: PyTree) -> SolveStats:
         nfe = nfe + 2
     end = diffrax.RESULTS.event_occurred if cfg.through == "implicit" else diffrax.RESULTS.successful
     ok = (solution.result == end) & _finite(z, joint=True, leading=False)
-    counts = (steps, told["num_accepted_steps"], told["num_rejected_steps"], nfe)
-    return SolveStats(*(jnp.asarray(count, jnp.int32) for count in counts), ok)
+    accepted, rejected = told["num_accepted_steps"], told["num_rejected_steps"]
+    steps, accepted, rejected, nfe = (jnp.asarray(count, jnp.int32) for count in (steps, accepted, rejected, nfe))
+    return SolveStats(steps, accepted, rejected, nfe, ok)
 
 
 def _diffrax(field: Callable, params: PyTree, z0: PyTree, cfg: SolveCfg, ts: Any) -> tuple[PyTree, SolveStats]:

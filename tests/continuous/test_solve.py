@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,7 @@ def test_a_field_without_time_composes(wide):
 
 def test_rows_and_batches_agree_on_fixed_grids_and_a_row_that_fails_fails_alone():
     """dz = z^2 leaves the numbers before t = 1 from z0 > 1, and stays small from z0 < 0."""
-    vf, z = (lambda p, t, z: p * z**2), np.float32([[-1.0], [50.0], [0.2]])
+    vf, z = (lambda p, t, z: p * z**2), np.asarray([[-1.0], [50.0], [0.2]], np.float32)
 
     @jax.jit
     def run(z):
@@ -215,14 +216,15 @@ def test_refusals():
         SolveCfg(t0=1.0, t1=1.0)
     with pytest.raises(ValueError, match="'rk4', which has none.*Use 'heun'"):
         SolveCfg("rk4")
-    for settings, words in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"method": "dopri"}, "Did you mean .*'dopri5'"),
         ({"adjoint": "direct"}, "unknown adjoint"),
         ({"batching": "rows"}, "unknown batching"),
         ({"max_steps": 0}, "max_steps must be a whole number"),
         ({"rtol": 0.0}, "rtol must be finite and greater than 0"),
         ({"mode": "fixed", "adjoint": "implicit"}, "needs adaptive steps"),
-    ):
+    )
+    for settings, words in wrong:
         with pytest.raises(ValueError, match=words):
             SolveCfg(**settings)
     z = np.ones((2, 3), np.float32)
