@@ -42,6 +42,7 @@ from jaxadv.train.objectives import pgd_at as pgd_at
 from jaxadv.train.objectives import smoothed_cross_entropy as smoothed_cross_entropy
 from jaxadv.train.objectives import standard as standard
 from jaxadv.train.perturbed import awp as awp
+from jaxadv.train.private import private_grad_fn as private_grad_fn
 from jaxadv.train.recipes import RECIPES as RECIPES
 from jaxadv.train.recipes import recipe as recipe
 from jaxadv.train.record import read_metrics as read_metrics

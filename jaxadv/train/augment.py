@@ -13,11 +13,12 @@ from jax import lax
 from jaxadv.core import check
 
 
-def crop(pad: int = 4) -> Callable:
-    """Pad with zeros and cut out a window of the old size at a random place.
+def crop(pad: int = 4, *, mirror: bool = False) -> Callable:
+    """Pad and cut out a window of the old size at a random place.
 
     Args:
-      pad: zeros on each side.
+      pad: pixels on each side, at most the side of the image if mirrored.
+      mirror: pad by the mirror image, edge rows repeated, instead of zeros.
 
     Returns:
       `(key, x [h, w, c]) -> [h, w, c]`.
@@ -29,7 +30,8 @@ def crop(pad: int = 4) -> Callable:
 
     def augment(key, x):
         corner = jax.random.randint(key, (2,), 0, 2 * pad + 1)
-        wide = jnp.pad(x, ((pad, pad), (pad, pad), (0, 0)))
+        sides = ((pad, pad), (pad, pad), (0, 0))
+        wide = jnp.pad(x, sides, mode="symmetric") if mirror else jnp.pad(x, sides)
         return lax.dynamic_slice(wide, (corner[0], corner[1], jnp.zeros_like(corner[0])), x.shape)
 
     return augment

@@ -31,8 +31,10 @@ import optax
 from jaxadv import data as data_room
 from jaxadv import parallel
 from jaxadv.core import Attack, Objective, Trainable, atomic_write, check
+from jaxadv.privacy.plan import Plan
 from jaxadv.train import record
 from jaxadv.train.checkpoint import CheckpointError, Checkpoints
+from jaxadv.train.private import Ledger, check_private, private_grad_fn, program_of, spent_line
 from jaxadv.train.trainer import Judged, TrainState, co_detector, copy, grad_fn, init, make_judge, make_step, purpose
 
 ON_COLLAPSE = ("stop", "warn", "restore")
@@ -90,6 +92,7 @@ class _Settings:
     keep: str
     checkpoint: Path | None
     callbacks: tuple[Callable, ...]
+    private: Plan | None = None
 
 
 @dataclasses.dataclass
@@ -100,6 +103,7 @@ class _Facts:
     reference: float | None = None
     window: list[dict[str, float]] = dataclasses.field(default_factory=list)
     stopped: bool = False
+    privacy: dict[str, Any] | None = None
 
 
 def fit(
@@ -123,6 +127,7 @@ def fit(
     accumulate: int = 1,
     bn_groups: int = 1,
     gradient: Callable = grad_fn,
+    private: Plan | None = None,
     replays: int = 1,
     how: str = "jit",
     mesh: Any = None,
@@ -156,6 +161,10 @@ def fit(
       bn_groups: groups of the batch with batch statistics of their own.
       gradient: objective to gradient function; see `grad_fn`. If it has an attribute `carry`, a function of the shape
         `(batch_size, ...)` of a batch, the state carries what that returns for each row; see `free`.
+      private: a `privacy.plan` for these data: samples, clipped gradients and noise come from it, and the epsilon
+        spent stands in every checkpoint, in `privacy.json` and in the metrics (event `privacy`). `optimizer` then gets
+        the noisy mean, so weight decay acts after the clip. The guarantee is for the returned parameters and their
+        average; it needs a secret `key`, and all else in the folder is private data.
       replays: number of steps in a row that get the same minibatch; `steps` counts them all.
       how: executor, see `parallel.compile_step`.
       mesh: the devices; None is one.
@@ -170,7 +179,9 @@ def fit(
       The state after training; see `keep`.
 
     Raises:
-      ValueError: on settings that cannot work, or that differ from those of the run to be resumed.
+      ValueError: on settings that cannot work, or that differ from those of the run to be resumed; on what cannot be
+        private.
+      BudgetError: before the first step, if a private run would spend more than its budget.
       FileExistsError: if the folder holds a run and `resume` is False.
       CheckpointError: if a checkpoint cannot be written or read.
       FloatingPointError: if the loss is not finite.
@@ -190,9 +201,15 @@ def fit(
         keep=keep,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         callbacks=tuple(callbacks),
+        private=private,
     )
     parts = {"gradient": gradient, "accumulate": accumulate, "precision": precision, "bn_groups": bn_groups}
     parts |= {"ema": ema, "ema_warmup": ema_warmup, "augment": augment, "replays": replays}
+    if private is not None:
+        given = {"gradient": gradient, "replays": replays, "bn_groups": bn_groups, "collapse": collapse, "keep": keep}
+        check_private(private, objective, trainable, data, given | {"batch_size": batch_size, "steps": steps})
+        parts |= {"gradient": private_grad_fn(private, augment), "augment": None, "divisor": private.size}
+        optimizer = optax.chain(private.stage(purpose(key, "noise")), optimizer)
     step = make_step(trainable.apply, objective, optimizer, **parts)
     carries = getattr(gradient, "carry", None)
     carry = None if carries is None else carries((batch_size, *data.shape))
@@ -203,7 +220,8 @@ def fit(
         a: parallel.compile_step(make_judge(trainable.apply, a), how=how, mesh=mesh, donate=False)
         for a in _attacks(settings)
     }
-    loop = _Loop(key, settings, data, compiled, judges, start)
+    ledger = None if private is None else Ledger(private, steps, settings.save_every, program_of(how, mesh))
+    loop = _Loop(key, settings, data, compiled, judges, start, ledger)
     return loop.run(config, resume)
 
 
@@ -252,7 +270,7 @@ def _attacks(settings: _Settings) -> list[Attack]:
 def _config(key, settings: _Settings, data, start: TrainState, objective, optimizer, parts) -> dict[str, Any]:
     """Everything that decides the numbers of a run; what only decides speed (devices, executor) stays out."""
     fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    for name in ("callbacks", "checkpoint", "validation"):
+    for name in ("callbacks", "checkpoint", "validation", *(["private"] if settings.private is None else [])):
         del fields[name]
     sources = {"data": data.fingerprint}
     if settings.validation is not None:
@@ -284,9 +302,10 @@ def _batches_of(source, size: int) -> list[dict[str, np.ndarray]]:
 class _Loop:
     """The mutable side of one call of `fit`."""
 
-    def __init__(self, key, settings: _Settings, data, compiled, judges, state: TrainState):
+    def __init__(self, key, settings: _Settings, data, compiled, judges, state: TrainState, ledger: Ledger | None):
         self.settings, self.data, self.compiled, self.judges = settings, data, compiled, judges
         self.key, self.state, self.facts = key, state, _Facts()
+        self.ledger = ledger
         self.best_state: TrainState | None = None
         self.good: TrainState | None = None
         self.pending: list[dict[str, Any]] = []
@@ -351,6 +370,8 @@ class _Loop:
             if jax.process_index() == 0:
                 self._describe(described, config)
             self._open_metrics(folder, 0)
+            if self.ledger is not None:
+                self.ledger.open(folder, 0, 0)
             return 0
         if described.exists():
             old = json.loads(described.read_text(encoding="utf-8"))["config"]
@@ -367,6 +388,8 @@ class _Loop:
         if resume is not True or known:
             step = known[-1] if resume is True else resume
             self._restore(step)
+        if self.ledger is not None:
+            self.ledger.open(folder, step, known[-1] if known else 0)
         self._open_metrics(folder, step)
         return step
 
@@ -412,10 +435,14 @@ class _Loop:
 
     def _train(self, start: int) -> None:
         given = self.settings
-        seed = int(jax.random.bits(purpose(self.key, "order"), dtype=jnp.uint32))
         process = (jax.process_index(), jax.process_count())
-        first = start // given.replays
-        stream = data_room.batches(self.data, given.batch_size, seed=seed, start=first, process=process)
+        if given.private is not None:
+            sampled = purpose(self.key, "sampling")
+            stream = given.private.batches(self.data, sampled, start=start, process=process)
+        else:
+            seed = int(jax.random.bits(purpose(self.key, "order"), dtype=jnp.uint32))
+            first = start // given.replays
+            stream = data_room.batches(self.data, given.batch_size, seed=seed, start=first, process=process)
         batch, done = None, start
         self.clock = time.perf_counter()
         with contextlib.closing(stream):
@@ -442,6 +469,8 @@ class _Loop:
         improved = False
         if given.validation is not None and (last or done % given.validate_every == 0 or self.facts.stopped):
             improved = self._validate(done)
+        if self.ledger is not None and (last or done % given.save_every == 0):
+            self._write({"step": done, "event": "privacy", **spent_line(self.ledger.facts(done))})
         if self.checkpoints is not None and (last or improved or done % given.save_every == 0 or self.facts.stopped):
             self._save(done, best=improved)
 
@@ -529,6 +558,8 @@ class _Loop:
 
     def _save(self, done: int, *, best: bool = False) -> None:
         self._gather(done)
+        if self.ledger is not None:
+            self.facts.privacy = self.ledger.facts(done, self.settings.checkpoint)
         self.checkpoints.save(done, self._tree(), dataclasses.asdict(self.facts), best=best)
 
     def _result(self) -> TrainState:

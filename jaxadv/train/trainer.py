@@ -355,6 +355,7 @@ def make_step(
     ema_warmup: bool = True,
     augment: Callable | None = None,
     replays: int = 1,
+    divisor: float | None = None,
 ) -> Callable:
     """Build the step of training, a pure function of one shard that every executor can compile.
 
@@ -370,6 +371,8 @@ def make_step(
       ema_warmup: see `averaged`.
       augment: `(key, x) -> x` for ONE example, drawn anew at every step, or for every minibatch that is replayed.
       replays: number of steps in a row that get the same minibatch.
+      divisor: what summed gradients are divided by; None is the number of rows that are not padding. Private training
+        divides by the expected number, which is public.
 
     Returns:
       `step(state, batch, *, axis_name=None) -> (state, metrics)`; metrics are means over all rows, and `gradient_norm`.
@@ -395,7 +398,8 @@ def make_step(
         carry = None if got.carry is None else _whole(got.carry, state.carry, count, axis_name)
         total, alive, sums = parallel.psum((got.total, got.count, got.sums), axis_name)
         rows = jnp.maximum(alive, 1)
-        grads = jax.tree.map(lambda g: g / rows, total)
+        over = rows if divisor is None else divisor
+        grads = jax.tree.map(lambda g: g / over, total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = None if ema is None else averaged(state.ema, params, state.step, ema, ema_warmup)
