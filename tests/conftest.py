@@ -25,7 +25,11 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+QUICK = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if jax.__version__.startswith("0.10."):  # XLA ends the process at a flag it does not know, and later ones do not
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 
@@ -86,14 +90,14 @@ def pytest_runtest_call(item):
 
 
 MAPS = Path("/proc/self/maps")
-MANY = 20_000
+MANY = 36_000
 """Memory maps of a process at which compiled programs are let go: Linux ends a process at 65,530."""
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     count = item.config.stash[_COUNT] = item.config.stash.get(_COUNT, 0) + 1
-    if count % 50 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+    if count % 25 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
         gc.collect()
 
