@@ -6,6 +6,7 @@ the training loop (`train.fit(..., private=plan)`), and anything that mixes exam
 """
 
 from jaxadv.privacy import accounting as accounting
+from jaxadv.privacy import audit as audit
 from jaxadv.privacy import noise as noise
 from jaxadv.privacy import sampling as sampling
 from jaxadv.privacy.clipping import clipped_grads as clipped_grads
