@@ -12,7 +12,8 @@ from flax import nnx
 from jaxadv.core import Trainable, check
 from jaxadv.models.adapt import trainable
 from jaxadv.models.nets import MLP, MadryCNN, Net, SmallCNN
-from jaxadv.models.resnets import PreActResNet18, WideResNet
+from jaxadv.models.resnets import PreActResNet18, PrivateWideResNet, WideResNet
+from jaxadv.models.vit import ViT
 
 NETS: dict[str, type[Net]] = {
     "mlp": MLP,
@@ -20,6 +21,8 @@ NETS: dict[str, type[Net]] = {
     "cnn_madry": MadryCNN,
     "preact_resnet18": PreActResNet18,
     "wide_resnet": WideResNet,
+    "wide_resnet_private": PrivateWideResNet,
+    "vit": ViT,
 }
 """Name of a network to its class."""
 

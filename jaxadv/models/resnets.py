@@ -11,10 +11,13 @@
 `'raw'` feeds the projection shortcut with the block's input, `'preact'` with the normalized and activated input.
 """
 
+import math
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxadv.core import check
 from jaxadv.models.channels import gates
@@ -196,6 +199,11 @@ class PreActResNet18(ResNet):
         )
 
 
+def _check_depth(depth) -> None:
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, 34, ...); got {depth!r}. WRN-28-10 has depth 28.")
+
+
 class WideResNet(ResNet):
     """A wide residual network, WRN-depth-width; WRN-28-10 has 36.48 M parameters for CIFAR-10.
 
@@ -241,8 +249,7 @@ class WideResNet(ResNet):
         rngs: nnx.Rngs,
     ):
         check.whole("width", width)
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, 34, ...); got {depth!r}. WRN-28-10 has depth 28.")
+        _check_depth(depth)
         super().__init__(
             shape,
             classes,
@@ -263,3 +270,125 @@ class WideResNet(ResNet):
             init=init,
             rngs=rngs,
         )
+
+
+class StandardizedConv(nnx.Module):
+    """A convolution whose kernel has mean 0 and norm `gain` for each output channel; biases start at 0, gains at 1.
+
+    `W' = gain (W - mean) / sqrt(max(var n, 1e-4))` with mean and biased variance over the `n = size^2 inputs` entries
+    of an output channel; padding `SAME`.
+
+    Args:
+      inputs: input channels.
+      outputs: output channels.
+      size: side of the kernel.
+      stride: in both directions.
+      rngs: randomness of the kernel, N(0, 1/n).
+
+    References:
+      Qiao et al. 2019, Micro-batch training with batch-channel normalization and weight standardization,
+      arXiv:1903.10520; Brock et al. 2021, arXiv:2101.08692 (the gain); De et al. 2022, arXiv:2204.13650.
+    """
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, rngs: nnx.Rngs):
+        shape = (size, size, inputs, outputs)
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) / math.sqrt(math.prod(shape[:3])))
+        self.gain = nnx.Param(jnp.ones(outputs))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.stride = stride
+
+    def __call__(self, x):
+        """Convolve `x` `[b, h, w, inputs]`."""
+        kernel = self.kernel[...].astype(jnp.promote_types(x.dtype, jnp.float32))
+        center = kernel - kernel.mean((0, 1, 2), keepdims=True)
+        spread = jnp.square(center).sum((0, 1, 2), keepdims=True)  # var n
+        gain, bias = (v[...].reshape(1, 1, 1, -1) for v in (self.gain, self.bias))
+        kernel = center * gain.astype(kernel.dtype) * lax.rsqrt(jnp.maximum(spread, 1e-4))
+        strides = (self.stride, self.stride)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, "SAME", dimension_numbers=numbers)
+        return x + bias.astype(x.dtype)
+
+
+class PrivateBlock(nnx.Module):
+    """Activation, norm, 3x3 convolution, twice, beside the identity or activation, norm, 1x1 convolution."""
+
+    def __init__(self, inputs, outputs, stride, *, projects, norm, activation, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = normalizer(inputs, norm), normalizer(outputs, norm)
+        self.conv1 = StandardizedConv(inputs, outputs, 3, stride=stride, rngs=rngs)
+        self.conv2 = StandardizedConv(outputs, outputs, 3, rngs=rngs)
+        self.projects = projects
+        if projects:
+            self.norm0 = normalizer(inputs, norm)
+            self.shortcut = StandardizedConv(inputs, outputs, 1, stride=stride, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x):
+        """Return the block's output for `x` `[b, h, w, c]`."""
+        side = self.shortcut(self.norm0(self.activation(x))) if self.projects else x
+        x = self.conv1(self.norm1(self.activation(x)))
+        return side + self.conv2(self.norm2(self.activation(x)))
+
+
+class PrivateWideResNet(Net):
+    """The wide residual network of differentially private training: no state, every example on its own.
+
+    It differs from `WideResNet` in the order activation, norm, convolution, in weight standardization with learned
+    gains and biases, in norms of 16 groups, and in a projection on the first shortcut of every stage. WRN-16-4 has
+    2.75 M parameters, WRN-40-4 8.96 M.
+
+    Args:
+      shape: (height, width, channels).
+      classes: number of classes.
+      mean: see `Net`.
+      std: see `Net`.
+      depth: 6 n + 4, with n blocks in each of three stages (16 or 40 as published).
+      width: the stages have 16, 32 and 64 times this many channels (4 as published).
+      norm: `'group'` (default, as published), `'none'`; `'batch'` mixes examples and is of no use here.
+      activation: `'relu'` (default) or `'silu'`.
+      init: of the last layer, see `nets.INITS`; kernels of convolutions are drawn from N(0, 1 / fan_in).
+      rngs: randomness of the weights.
+
+    References:
+      De et al. 2022, Unlocking high-accuracy differentially private image classification through scale,
+      arXiv:2204.13650, section 3 and the official code.
+    """
+
+    def __init__(
+        self,
+        shape,
+        classes,
+        mean=None,
+        std=None,
+        *,
+        depth=16,
+        width=4,
+        norm="group",
+        activation="relu",
+        init="torch",
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(shape, classes, mean, std)
+        inputs = image_shape("wide_resnet_private", shape)[2]
+        check.whole("width", width)
+        _check_depth(depth)
+        self.activation = check.choice("activation", activation, ACTIVATIONS)
+        self.conv1 = StandardizedConv(inputs, 16, 3, rngs=rngs)
+        blocks, channels = [], 16
+        for outputs, stride in zip((16 * width, 32 * width, 64 * width), (1, 2, 2)):
+            for place in range((depth - 4) // 6):
+                first = {"stride": stride if place == 0 else 1, "projects": place == 0}
+                blocks.append(
+                    PrivateBlock(channels, outputs, **first, norm=norm, activation=self.activation, rngs=rngs)
+                )
+                channels = outputs
+        self.blocks = nnx.List(blocks)
+        self.norm = normalizer(channels, norm)
+        self.linear = dense(channels, classes, init=init, rngs=rngs)
+
+    def forward(self, x):
+        """Return logits from the normalized input."""
+        x = self.conv1(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.linear(self.norm(self.activation(x)).mean((1, 2)))

@@ -40,6 +40,7 @@ def test_a_spec_survives_json_and_builds_the_same_network(name, key):
         "mlp": {"widths": (5, 4)},
         "preact_resnet18": {"width": 2},
         "wide_resnet": {"depth": 10, "width": 1},
+        "wide_resnet_private": {"depth": 10, "width": 1},
     }.get(name, {})
     settings = {"shape": (8, 8, 1), "classes": 3, "mean": np.float32(0.5), "std": (0.25,), **options}
     spec = models.make_spec(name, **settings)

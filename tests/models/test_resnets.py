@@ -10,7 +10,16 @@ import pytest
 from flax import nnx
 
 from jaxadv import models
-from jaxadv.models.resnets import SHORTCUTS, Block, PreActResNet18, ResNet, WideResNet
+from jaxadv.models.resnets import (
+    SHORTCUTS,
+    Block,
+    PreActResNet18,
+    PrivateBlock,
+    PrivateWideResNet,
+    ResNet,
+    StandardizedConv,
+    WideResNet,
+)
 
 CASES = [
     "mlp",
@@ -59,6 +68,8 @@ def test_the_three_variants_are_three_functions(stored, torch_case):
         ("wide_resnet", {"depth": 28, "width": 10}, 36_479_194),
         ("wide_resnet", {"depth": 34, "width": 10}, 46_160_474),
         ("wide_resnet", {"depth": 16, "width": 4}, 2_748_890),
+        ("wide_resnet_private", {}, 2_753_818),
+        ("wide_resnet_private", {"depth": 40}, 8_961_306),
     ],
 )
 def test_published_parameter_counts(name, options, parameters):
@@ -114,3 +125,37 @@ def test_sharded_training_pass_is_the_global_one(key, filled):
     got, state = jax.jit(jax.vmap(shard, axis_name="data", out_axes=(0, None)))(*cut)
     np.testing.assert_allclose(got.reshape(8, 3), want, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), state, after)
+
+
+def test_a_standardized_kernel_has_mean_zero_and_the_norm_of_its_gain(key):
+    layer = StandardizedConv(2, 3, 3, stride=2, rngs=nnx.Rngs(0))
+    layer.kernel[...] = 2 + 3 * layer.kernel[...]
+    layer.gain[...], layer.bias[...] = jnp.array([1.0, 2.0, -0.5]), jnp.array([0.1, 0.2, 0.3])
+    x = jax.random.normal(key, (1, 4, 4, 2))
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    kernel = kernel - kernel.mean((0, 1, 2))
+    kernel = kernel / np.sqrt(kernel.var((0, 1, 2)) * 18) * np.array([1.0, 2.0, -0.5])
+    np.testing.assert_allclose(np.linalg.norm(kernel.reshape(18, 3), axis=0), [1.0, 2.0, 0.5])
+    padded = np.pad(np.asarray(x[0]), ((0, 1), (0, 1), (0, 0)))  # SAME at stride 2 pads behind
+    want = [[np.tensordot(padded[i : i + 3, j : j + 3], kernel, 3) for j in (0, 2)] for i in (0, 2)]
+    np.testing.assert_allclose(layer(x)[0], np.array(want) + [0.1, 0.2, 0.3], atol=1e-5)
+    layer.kernel[...] = jnp.ones_like(layer.kernel[...])  # no spread: the floor keeps it finite
+    assert np.isfinite(layer(x)).all()
+
+
+def test_the_private_network_activates_before_it_normalizes_and_sees_each_example_alone(key, filled):
+    net = filled("wide_resnet_private", (8, 8, 1), depth=10, width=1)
+    x = jax.random.uniform(key, (3, 8, 8, 1))
+    run = jax.jit(lambda p, x: (net.apply(p, {}, x)[0], jax.grad(lambda p: net.apply(p, {}, x)[0].sum())(p)))
+    logits, grads = run(net.params, x)
+    other, _ = run(net.params, x.at[1].multiply(5.0))
+    np.testing.assert_array_equal(logits[::2], other[::2])
+    assert net.state == {} and all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    settings = {"norm": "none", "activation": jnp.square, "rngs": nnx.Rngs(0)}
+    block = PrivateBlock(2, 2, 1, projects=False, **settings)
+    z = jax.random.normal(key, (1, 4, 4, 2))
+    np.testing.assert_allclose(block(z), z + block.conv2(jnp.square(block.conv1(jnp.square(z)))), atol=1e-6)
+    block = PrivateBlock(2, 4, 2, projects=True, **settings)
+    side = block.shortcut(jnp.square(z))
+    np.testing.assert_allclose(block(z), side + block.conv2(jnp.square(block.conv1(jnp.square(z)))), atol=1e-6)
+    assert issubclass(PrivateWideResNet, nnx.Module)
