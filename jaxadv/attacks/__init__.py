@@ -37,6 +37,9 @@ from jaxadv.attacks.decisions import boundary as boundary
 from jaxadv.attacks.decisions import geoda as geoda
 from jaxadv.attacks.decisions import hopskipjump as hopskipjump
 from jaxadv.attacks.decisions import signopt as signopt
+from jaxadv.attacks.detectors import Evading as Evading
+from jaxadv.attacks.detectors import evading as evading
+from jaxadv.attacks.detectors import without as without
 from jaxadv.attacks.draws import Expectation as Expectation
 from jaxadv.attacks.draws import eot as eot
 from jaxadv.attacks.draws import noisy as noisy
@@ -69,6 +72,8 @@ from jaxadv.attacks.minimum import newtonfool as newtonfool
 from jaxadv.attacks.minimum import within as within
 from jaxadv.attacks.noise import SaltAndPepper as SaltAndPepper
 from jaxadv.attacks.noise import salt_and_pepper as salt_and_pepper
+from jaxadv.attacks.optimizers import ACG as ACG
+from jaxadv.attacks.optimizers import acg as acg
 from jaxadv.attacks.optimizers import adam_pgd as adam_pgd
 from jaxadv.attacks.outputs import flattened as flattened
 from jaxadv.attacks.outputs import minus_squared_error as minus_squared_error
@@ -92,8 +97,16 @@ from jaxadv.attacks.spatial import Flow as Flow
 from jaxadv.attacks.spatial import Hue as Hue
 from jaxadv.attacks.spatial import Pixels as Pixels
 from jaxadv.attacks.spatial import Saturation as Saturation
+from jaxadv.attacks.spatial import StAdv as StAdv
 from jaxadv.attacks.spatial import WorstOf as WorstOf
+from jaxadv.attacks.spatial import roughness as roughness
+from jaxadv.attacks.spatial import stadv as stadv
 from jaxadv.attacks.spatial import worst_of as worst_of
+from jaxadv.attacks.tighten import CarliniL0 as CarliniL0
+from jaxadv.attacks.tighten import CarliniLinf as CarliniLinf
+from jaxadv.attacks.tighten import Tightening as Tightening
+from jaxadv.attacks.tighten import carlini_l0 as carlini_l0
+from jaxadv.attacks.tighten import carlini_linf as carlini_linf
 from jaxadv.attacks.tradeoff import EAD as EAD
 from jaxadv.attacks.tradeoff import LBFGS as LBFGS
 from jaxadv.attacks.tradeoff import Carlini as Carlini
@@ -145,6 +158,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "apgd_ce": apgd_ce,
     "apgd_dlr": apgd_dlr,
     "apgd_t": apgd_t,
+    "acg": acg,
     "fab": fab,
     "fab_t": fab_t,
     "square": square,
@@ -153,6 +167,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "fmn": fmn,
     "newtonfool": newtonfool,
     "carlini": carlini,
+    "carlini_linf": carlini_linf,
+    "carlini_l0": carlini_l0,
     "ead": ead,
     "lbfgs": lbfgs,
     "jsma": jsma,

@@ -8,7 +8,7 @@ and with ensembles:
 | preprocessing without useful gradients | `bpda`, with any stand-in for the backward pass |
 | any part without useful gradients, or saturated logits | `straight`, `rescaled`, `smoothed` |
 | random choices | `eot` |
-| a detector beside the classifier | `rejecting`, with targets or `sweep` |
+| a detector beside the classifier | `rejecting`, with targets or `sweep`; `evading` (in `detectors`) |
 | purification, optimization at test time | `unrolled` (all gradients), `bpda`, or `straight` with the static network |
 | anything that hides the logits but not the features | `matched`, `feature_distance` |
 

@@ -139,6 +139,7 @@ class State(NamedTuple):
     nonfinite: Bool[Array, " b"]
     zero_gradient: Bool[Array, " b"]
     infeasible: Bool[Array, " b"]
+    memory: Any = ()  # of a kind that chooses its directions in its own way
 
 
 def _changed(point, x):

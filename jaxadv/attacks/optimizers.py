@@ -1,4 +1,4 @@
-"""Wirings of the gradient engine with another optimizer in the place of the steepest direction."""
+"""Other optimizers in the place of steepest steps: Adam in the gradient engine, conjugate directions in AutoPGD."""
 
 from functools import lru_cache
 from typing import Any
@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
+from jaxadv import losses
+from jaxadv.attacks.apgd import APGD, State, apgd, plan
 from jaxadv.attacks.gradient import GradientAttack, pgd
 from jaxadv.attacks.minimum import ball
-from jaxadv.core import Threat
+from jaxadv.core import Threat, check, pytree, select
+from jaxadv.core.rows import flat, wide
 
 
 def from_data(transform: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -62,3 +66,79 @@ def adam_pgd(
         if not 0 <= value < 1:
             raise ValueError(f"{what} must be a share in [0, 1); got {value}. Adam's own are 0.9 and 0.999.")
     return pgd(threat, **{"transform": _adam(float(decay), float(square)), "steep": False, "name": name} | settings)
+
+
+# -------------------------------------------------------------------------------------------------- conjugate gradients
+
+
+def conjugate(
+    line: Float[Array, "b ..."], before: Float[Array, "b ..."], grad: Float[Array, "b ..."]
+) -> Float[Array, "b ..."]:
+    """Return the next conjugate direction of descent, by the rule of Hestenes and Stiefel, row by row.
+
+    Args:
+      line: `[b, ...]` the last direction.
+      before: `[b, ...]` the gradient that it was followed from.
+      grad: `[b, ...]` the gradient now.
+
+    Returns:
+      `[b, ...]`: `-grad + beta line`, with beta 0 where the rule divides by zero.
+    """
+    turned = grad - before
+    share, scale = (jnp.sum(flat(a * turned), axis=-1) for a in (grad, line))
+    beta = jnp.where(scale != 0, share / jnp.where(scale != 0, scale, 1), 0)
+    return wide(jnp.where(jnp.isfinite(beta), beta, 0), grad) * line - grad
+
+
+@pytree
+class ACG(APGD):
+    """AutoPGD along conjugate directions, without momentum; built by `acg`."""
+
+    def init(self, keys, model, x, y) -> State:
+        """Begin without any direction."""
+        state = super().init(keys, model, x, y)
+        return state._replace(memory=(jnp.zeros_like(state.point), jnp.zeros_like(state.point)))
+
+    def step(self, state: State, model, x, y) -> State:
+        """A step of AutoPGD; then the direction of the next one, which goes back to the best point with it."""
+        whole = plan(self.threat.norm, self.steps, self.large_eps)
+        begin = jnp.asarray(whole.begin)[state.step % len(whole.begin)]
+        new = super().step(state, model, x, y)
+        better = begin | (new.best_loss < state.best_loss)
+        back = ~begin & (new.length < state.length)
+        grad = select(better, new.best_grad, new.grad)  # at the point that was asked at, where it matters
+        line = select(begin, -grad, conjugate(state.memory[0], state.grad, grad))
+        best = select(better, line, state.memory[1])
+        return new._replace(memory=(select(back, best, line), best))
+
+    def _move(self, state: State, threat, second, x):
+        del second
+        return threat.project(state.point + wide(state.length, x) * threat.steepest(state.memory[0]), x)
+
+
+def acg(threat: Threat, *, steps: int = 100, name: str = "acg", **settings: Any) -> ACG:
+    """Return auto conjugate gradient: AutoPGD whose steps follow conjugate directions in the place of momentum.
+
+    Args:
+      threat: a norm ball `linf` or `l2`.
+      steps: moves of a round.
+      name: enters the random keys.
+      **settings: further settings of `apgd` (`loss`, `restarts`, `rho`, ...); the loss is the margin by default.
+
+    Returns:
+      The attack.
+
+    Raises:
+      ValueError: on settings out of range, or a threat of another norm.
+
+    References:
+      Yamamura et al. 2022, Diversified adversarial attacks based on conjugate gradient method, alg. 1,
+      arXiv:2206.09628. Differs: a random start (theirs is the clean point or one of the multi-targeted runs); the
+      differences from the published AutoPGD are those of `apgd`.
+    """
+    ball(threat, ("linf", "l2"), name, fences=True)
+    if settings.get("compat") is not None:
+        raise ValueError(f"compat must be None for {name}, which has no published form here; got {settings['compat']}.")
+    check.whole("steps", steps)
+    base = apgd(threat, **{"steps": steps, "loss": losses.margin, "name": name} | settings)
+    return ACG(**vars(base))

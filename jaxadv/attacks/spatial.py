@@ -8,8 +8,8 @@ attack searches them as it would pixels, `pgd` along the gradient, `worst_of` ov
     found = worst_of(threat, affine.grid(5, 5, 5)).run(key, behind(threat, model), threat.pack(x), y)
     images = threat.images(found.x)
 
-What lives here: the components and `worst_of`. What does not: several components and their order (`composite`), the
-threat itself (`threats.semantic`).
+What lives here: the components, `worst_of`, and `stadv` with its penalty. What does not: several components and their
+order (`composite`), the threat itself (`threats.semantic`).
 """
 
 import dataclasses
@@ -22,7 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxadv import losses
+from jaxadv.attacks.gradient import GradientAttack, pgd
+from jaxadv.attacks.gradient import State as Descent
 from jaxadv.attacks.judge import ask, judge
+from jaxadv.attacks.optimizers import _adam
 from jaxadv.core import Attack, Result, check, edges, pytree, rows, select, static, step_keys
 from jaxadv.core.rows import flat
 from jaxadv.threats.semantic import Component, Semantic
@@ -150,7 +154,7 @@ class Flow(Component):
 
     References:
       Xiao et al. 2018, Spatially transformed adversarial examples, eq. 1, arXiv:1801.02612. Differs: the field is kept
-      within a range (and smooth by a coarse grid), where theirs is kept small by a penalty on differences.
+      within a range (and smooth by a coarse grid); `stadv` adds their penalty on differences.
     """
 
     pixels: float = 1.0
@@ -463,3 +467,78 @@ def worst_of(
     return WorstOf(
         threat=threat, listed=listed, name=name, max_steps=draws if listed is None else len(listed), early=early
     )
+
+
+# --------------------------------------------------------------------------------------------------------------- stAdv
+
+
+def roughness(field: Float[Array, "b h w 2"]) -> Float[Array, " b"]:
+    """Return how much neighboring shifts differ: over pixels and their four neighbors, the lengths of differences.
+
+    Args:
+      field: `[b, h, w, 2]` shifts of pixels.
+
+    Returns:
+      `[b]`; each pair of neighbors counts twice, as in the paper. Gradients at equal shifts are zero.
+    """
+    total = jnp.zeros_like(field[:, 0, 0, 0])
+    for axis in (1, 2):
+        square = jnp.sum(jnp.square(jnp.diff(field, axis=axis)), axis=-1)
+        length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        total = total + 2 * jnp.sum(length, axis=(1, 2))
+    return total
+
+
+@pytree
+class StAdv(GradientAttack):
+    """Descends the margin and the roughness of a flow at once; built by `stadv`."""
+
+    tau: Any = dataclasses.field()
+
+    def _rough(self, point):
+        threat: Any = self.threat
+        flow = threat.components[0]
+        return roughness(flow.field(threat.values(point)[1][0], threat.shape))
+
+    def _ask(self, state: Descent, model, x, y):
+        """The margin pulls while the row holds, the roughness always."""
+        grad, (score, broken, finite), memory = super()._ask(state, model, x, y)
+        smooth = jax.grad(lambda point: jnp.sum(self._rough(point)))(state.point)
+        return select(broken, jnp.zeros_like(grad), grad) + self.tau * smooth, (score, broken, finite), memory
+
+    def _remember(self, state: Descent, score, broken) -> Descent:
+        """Of failing points the smoothest is best."""
+        return super()._remember(state, jnp.where(broken, self._rough(state.point), score), broken)
+
+
+def stadv(
+    threat: Semantic, *, tau: Any = 0.05, steps: int = 100, step_size: Any = 0.02, name: str = "stadv", **settings: Any
+) -> StAdv:
+    """Return stAdv: a flow that fools the model and bends as smoothly as it can, `margin + tau * roughness` by Adam.
+
+    Run it on `behind(threat, model)`, as any attack of packed rows.
+
+    Args:
+      threat: `semantic(Flow(...), shape)`; its range bounds the shifts.
+      tau: weight of the roughness; may be traced.
+      steps: number of steps; each costs one gradient.
+      step_size: largest change of a shift in a first step, in pixels.
+      name: enters the random keys.
+      **settings: further settings of `pgd`.
+
+    Returns:
+      The attack; of the failing points it has met it returns the smoothest.
+
+    Raises:
+      ValueError: if the threat is not that of a single flow, or `tau` is not positive.
+
+    References:
+      Xiao et al. 2018, Spatially transformed adversarial examples, eq. 2 to 4, arXiv:1801.02612. Differs: Adam in the
+      place of L-BFGS; shifts have a range; the margin pulls no more once the row fails (their kappa is 0).
+    """
+    if not isinstance(threat, Semantic) or len(threat.components) != 1 or not isinstance(threat.components[0], Flow):
+        raise ValueError(f"threat must be semantic(Flow(...), shape) for {name}; got {threat.norm}.")
+    check.positive("tau", tau, "Without a penalty use pgd.")
+    wiring = {"steps": steps, "step_size": step_size, "start": "zero", "loss": losses.margin, "steep": False}
+    base = pgd(threat, **wiring | {"transform": _adam(0.9, 0.999), "name": name} | settings)
+    return StAdv(**vars(base), tau=tau)

@@ -27,7 +27,6 @@ from jaxadv.attacks.judge import ask
 from jaxadv.attacks.minimum import ball, deepfool, mended
 from jaxadv.attacks.spatial import resample, turn
 from jaxadv.core import (
-    Attack,
     Model,
     Targets,
     Threat,
@@ -212,7 +211,7 @@ def _projected(threat: Any, change):
 class UniversalDeepFool(Universal):
     """Adds what DeepFool needs for the rows that still hold; built by `universal`."""
 
-    inner: Attack
+    inner: Any = dataclasses.field()
 
     targeted = False
 
@@ -288,7 +287,7 @@ def _passes(epochs, goal, batch_size) -> None:
 class UniversalGradient(Universal):
     """Follows the mean gradient of minibatches; built by `universal_gradient`."""
 
-    step_size: Any
+    step_size: Any = dataclasses.field()
     loss: Callable = static()
     floor: float = static()
     transform: optax.GradientTransformation = static()
@@ -427,7 +426,7 @@ class Placement:
 class Patch(UniversalGradient):
     """Follows the mean gradient of a patch at drawn places; built by `patch`. Its threat holds the bounds alone."""
 
-    placement: Placement
+    placement: Any = dataclasses.field()
 
     def put(self, change, x, keys=None):
         """Return the images with the patch, at places that the keys draw."""

@@ -1,5 +1,7 @@
 """The adaptive toolkit on defenses whose answer is known: quantized, saturated, shattered, purified, detected."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,10 @@ from jax.tree_util import Partial
 
 from jaxadv import core, losses
 from jaxadv.attacks import (
+    Evading,
     bpda,
     eot,
+    evading,
     feature_distance,
     fgsm,
     identity,
@@ -24,9 +28,11 @@ from jaxadv.attacks import (
     sweep,
     transfer,
     unrolled,
+    without,
 )
 from jaxadv.attacks.draws import asked, takes_keys
-from jaxadv.threats import linf
+from jaxadv.core import Targets
+from jaxadv.threats import l2, linf
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -301,3 +307,49 @@ def test_parts_are_data_so_new_weights_do_not_compile_anew():
 
     one, two = (bpda(rescaled(Partial(linear, jnp.asarray(w)), 2.0), quantize) for w in (W, -W))
     assert (np.asarray(go(one, jnp.asarray(X))) != np.asarray(go(two, jnp.asarray(X)))).any() and len(count) == 1
+
+
+# --------------------------------------------------------------------------------------------- two gradients, one step
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def evade(attack, x, y, classes):
+    model = rejecting(MODEL, DETECTOR, threshold=float(np.median(X @ V)))
+    return sweep(attack, KEY, model, x, y, classes=classes) if classes else attack.run(KEY, model, x, y)
+
+
+@pytest.mark.parametrize("way", ["selective", "orthogonal"])
+def test_a_step_against_a_detector_follows_one_gradient(way):
+    """Linear parts: the gradients are known, and with them the first step, of rows that are fooled and that are not."""
+    attack = evading(l2(0.05), steps=1, step_size=0.02, way=way, start="zero", keep="last")
+    assert isinstance(attack, Evading)
+    target = Targets(jnp.asarray(X[:12] @ W[:, :4]).argmax(-1), jnp.arange(12, dtype=jnp.int32) % 4)
+    found = evade(attack, jnp.asarray(X[:12]), target, 0)
+    z = np.asarray(MODEL(X[:12]))
+    for row, logits, aim, got in zip(X[:12], z, np.asarray(target.target), np.asarray(found.x)):
+        others = np.where(np.arange(4) == aim, -np.inf, logits)
+        fool, hide = W[:, others.argmax()] - W[:, aim], V
+        fooled = others.max() < logits[aim]
+        if way == "orthogonal":
+            fool, hide = fool - hide * (fool @ hide) / (hide @ hide), hide - fool * (fool @ hide) / (fool @ fool)
+        rise = hide if fooled else fool
+        np.testing.assert_allclose(got, row - 0.02 * rise / np.linalg.norm(rise), atol=1e-5)
+    assert (found.grads == 2).all()
+    grads = jnp.asarray(RNG.normal(size=(2, 5, 3)), jnp.float32)
+    apart = without(grads[0], grads[1])
+    np.testing.assert_allclose((apart * grads[1]).sum(-1), 0, atol=1e-5)
+    np.testing.assert_array_equal(without(grads[0], 0 * grads[1]), grads[0])
+
+
+def test_evading_is_fooled_and_undetected_and_wants_targets():
+    x, y = X[:12], np.asarray(MODEL(X[:12])).argmax(-1).astype(np.int32)
+    attack = evading(linf(0.08), steps=20)
+    found = evade(attack, x, y, 4)
+    hidden = np.asarray(found.x) @ V <= np.median(X @ V) + 1e-5
+    fooled = np.asarray(MODEL(found.x)).argmax(-1) != y
+    assert not (np.asarray(found.success) & ~(hidden & fooled)).any() and np.asarray(found.success).any()
+    assert core.feasible(linf(0.08), np.asarray(found.x), x).all()
+    with pytest.raises(ValueError, match="y must be Targets for evading"):
+        attack.run(KEY, rejecting(MODEL, DETECTOR), x, y)
+    with pytest.raises(ValueError, match="way"):
+        evading(linf(0.1), way="both")

@@ -1,4 +1,4 @@
-"""Adam in the gradient engine: its first steps by hand, and the exact optimum of a linear model."""
+"""Adam in the gradient engine and conjugate directions in AutoPGD: steps by hand, the optimum of a linear model."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,9 @@ import optax
 import pytest
 from jax.tree_util import Partial
 
-from jaxadv.attacks import ATTACKS, GradientAttack, adam_pgd
-from jaxadv.attacks.optimizers import from_data
+from jaxadv import core
+from jaxadv.attacks import ACG, ATTACKS, GradientAttack, acg, adam_pgd
+from jaxadv.attacks.optimizers import conjugate, from_data
 from jaxadv.losses import margin
 from jaxadv.threats import l1, l2, linf
 
@@ -57,9 +58,60 @@ def test_a_state_from_data_has_the_same_values():
         assert got.dtype == want.dtype
 
 
+def test_conjugate_directions_solve_a_quadratic_in_as_many_steps_as_it_has_dimensions():
+    rng = np.random.default_rng(1)
+    root = rng.normal(size=(2, 4, 4))
+    a, b = root @ root.transpose(0, 2, 1) + np.eye(4), rng.normal(size=(2, 4))
+    point, line, before = np.zeros((2, 4)), np.zeros((2, 4)), np.zeros((2, 4))
+    for _ in range(4):  # with exact line searches it is the method of conjugate gradients
+        grad = np.einsum("bij,bj->bi", a, point) - b
+        line = np.asarray(conjugate(*(jnp.asarray(v, jnp.float32) for v in (line, before, grad))), np.float64)
+        far = -np.sum(grad * line, -1) / np.einsum("bi,bij,bj->b", line, a, line)
+        point, before = point + far[:, None] * line, grad
+    np.testing.assert_allclose(point, np.linalg.solve(a, b[..., None])[..., 0], atol=1e-4)
+
+
+def test_acg_steps_along_conjugate_directions_and_returns_to_the_best_one():
+    w, x, y = problem()
+    w = 0.15 * w
+    attack, keys = acg(l2(0.5), steps=12, early=False), core.example_keys(KEY, "acg", jnp.arange(8))
+    assert isinstance(attack, ACG) and ATTACKS["acg"] is acg
+    model = Partial(curved, w)
+    step = jax.jit(lambda s, x: attack.step(s, model, x, y))
+    state = jax.jit(lambda x: attack.init(keys, model, x, y))(x)
+    slope = jax.jit(jax.grad(lambda p: jnp.sum(curved(w, p)[jnp.arange(8), y] - curved(w, p)[jnp.arange(8), 1 - y])))
+    line = best = np.zeros_like(x)
+    loss, backs = np.full(8, np.inf), 0
+    for i in range(13):
+        new = step(state, x)
+        asked = np.asarray(new.point)
+        if i:
+            unit = line / np.linalg.norm(line, axis=-1, keepdims=True)
+            asked = np.asarray(l2(0.5).project(state.point + state.length[:, None] * unit, jnp.asarray(x)))
+        grad, value = np.asarray(slope(asked)), np.asarray(margin(curved(w, asked), y))
+        turned = grad - np.asarray(state.grad)
+        scale = np.sum(line * turned, -1)
+        beta = np.where(scale != 0, np.sum(grad * turned, -1) / np.where(scale != 0, scale, 1), 0) if i else np.zeros(8)
+        line = -grad + beta[:, None] * line
+        best = np.where((value < loss)[:, None], line, best)
+        loss = np.minimum(loss, value)
+        back = np.asarray(new.length < state.length) if i else np.zeros(8, bool)
+        line = np.where(back[:, None], best, line)
+        backs += back.sum()
+        np.testing.assert_allclose(new.memory[0], line, atol=2e-3 * np.abs(line).max())
+        np.testing.assert_allclose(new.best_loss, loss, atol=1e-5)
+        line, best = (np.asarray(v) for v in new.memory)
+        state = new
+    assert backs > 0
+
+
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="norm ball linf or l2 for adam_pgd; got l1"):
         adam_pgd(l1(1.0))
     for bad in ({"decay": 1.0}, {"square": -0.1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             adam_pgd(linf(0.1), **bad)
+    with pytest.raises(ValueError, match="linf or l2 for acg; got l1"):
+        acg(l1(1.0))
+    with pytest.raises(ValueError, match="compat must be None"):
+        acg(linf(0.1), compat="official")

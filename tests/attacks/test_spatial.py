@@ -11,7 +11,21 @@ from jax.tree_util import Partial
 from scipy import ndimage
 
 from jaxadv import core
-from jaxadv.attacks import Affine, Brightness, Contrast, Flow, Hue, Pixels, Saturation, WorstOf, pgd, worst_of
+from jaxadv.attacks import (
+    Affine,
+    Brightness,
+    Contrast,
+    Flow,
+    Hue,
+    Pixels,
+    Saturation,
+    StAdv,
+    WorstOf,
+    pgd,
+    roughness,
+    stadv,
+    worst_of,
+)
 from jaxadv.attacks.spatial import from_hsv, resample, to_hsv, turn
 from jaxadv.threats import Component, Semantic, behind, semantic
 from jaxadv.threats.semantic import ranks
@@ -260,3 +274,49 @@ def test_settings_that_make_no_sense_are_refused():
     ):
         with pytest.raises(ValueError, match=text):
             wrong()
+
+
+# --------------------------------------------------------------------------------------------------------------- stAdv
+
+
+def contrast_of_halves(w, x):
+    seen = jnp.sum(x * w[None], axis=(1, 2, 3))
+    return jnp.stack([seen, -seen], axis=-1)
+
+
+def test_roughness_counts_each_pair_of_neighbors_twice():
+    field = RNG.normal(size=(3, 4, 5, 2)).astype(np.float32)
+    want = np.zeros(3)
+    for i, j in np.ndindex(4, 5):
+        for a, b in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+            if 0 <= a < 4 and 0 <= b < 5:
+                want += np.linalg.norm(field[:, i, j] - field[:, a, b], axis=-1)
+    np.testing.assert_allclose(roughness(jnp.asarray(field)), want, rtol=1e-5)
+    flat = jax.grad(lambda f: jnp.sum(roughness(f)))(jnp.ones((1, 3, 3, 2)))
+    np.testing.assert_array_equal(flat, 0)
+
+
+def test_stadv_finds_a_smoother_flow_than_a_search_without_the_penalty():
+    shape = (6, 6, 1)
+    weight = jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    x = np.linspace(0.1, 0.9, 36).reshape(1, *shape).astype(np.float32) * RNG.uniform(0.5, 1, (4, 1, 1, 1)).astype("f")
+    threat = semantic(Flow(1.0), shape)
+    model = behind(threat, Partial(contrast_of_halves, weight - jnp.sum(weight * x[0]) / jnp.sum(x[0]) + 0.002))
+    packed = threat.pack(x)
+    y = np.asarray(model(packed)).argmax(-1).astype(np.int32)
+
+    @jax.jit
+    def go(attack, packed):
+        return attack.run(KEY, model, packed, y)
+
+    def rough(found):
+        return np.asarray(roughness(Flow(1.0).field(threat.values(found.x)[1][0], shape)))
+
+    smooth, free = (go(stadv(threat, tau=tau, steps=40), packed) for tau in (0.05, 1e-9))
+    assert isinstance(stadv(threat), StAdv) and smooth.success.all() and free.success.all()
+    assert (rough(smooth) < rough(free)).all()
+    np.testing.assert_array_equal(np.asarray(model(smooth.x)).argmax(-1) != y, True)
+    assert threat.contains(np.asarray(smooth.x), np.asarray(packed)).all()
+    for bad in ({"tau": 0.0}, {"threat": semantic(Affine(), shape)}):
+        with pytest.raises(ValueError, match=r"tau must be finite|must be semantic\(Flow"):
+            stadv(**{"threat": threat} | bad)

@@ -25,11 +25,14 @@ SHORT = {  # settings of the laws where they are not four steps; attacks that st
     "apgd_ce": {"steps": 4, "early": False},
     "apgd_dlr": {"steps": 4, "early": False},
     "apgd_t": {"steps": 4, "targets": 2, "early": False},
+    "acg": {"steps": 4, "early": False},
     "fab": {"steps": 4, "early": False},
     "fab_t": {"steps": 4, "targets": 2, "early": False},
     "deepfool": {"steps": 4, "early": False},
     "newtonfool": {"steps": 4, "early": False},
     "carlini": {"steps": 4, "rounds": 2, "constant": 1.0, "rate": 0.1, "abort": False},
+    "carlini_linf": {"steps": 4, "rounds": 2, "constant": 1.0, "rate": 0.1, "least": 1e-12},
+    "carlini_l0": {"steps": 4, "rounds": 2, "constant": 1.0, "rate": 0.1},
     "ead": {"steps": 4, "rounds": 2, "constant": 1.0, "abort": False},
     "lbfgs": {"steps": 4, "rounds": 2, "constant": 1.0, "abort": False},
     "jsma": {"steps": 4, "early": False},
@@ -92,6 +95,7 @@ def takes(attack, threat):
 
 
 WIRINGS = ("nes", "r_fgsm", "bim", "mi_fgsm", "vmi_fgsm")  # one engine with pgd, which meets every threat
+KIN = ("acg", "carlini_linf", "carlini_l0")  # of apgd_ce and carlini: their rows are all slow
 PARTS = ("ni_fgsm", "si_fgsm", "di_fgsm", "ti_fgsm")  # of what vmi_fgsm combines here
 TABLE = [
     (attack, threat)
@@ -102,7 +106,7 @@ TABLE = [
 
 
 def marks(attack, threat):
-    return [pytest.mark.slow] if attack in PARTS or (attack in DEAR and threat != "linf") else []
+    return [pytest.mark.slow] if attack in (*PARTS, *KIN) or (attack in DEAR and threat != "linf") else []
 
 
 ROWS = [pytest.param(a, t, id=f"{a}-{t}", marks=marks(a, t)) for a, t in TABLE]
@@ -118,6 +122,7 @@ ALONE = {
     "newtonfool": "l2",
     "carlini": "l2",
     "lbfgs": "l2",
+    "carlini_l0": "l0",
     "ead": "l1",
     "jsma": "l0",
     "sparsefool": "l0",
@@ -361,7 +366,7 @@ MINIMUM = (
     "sparsefool",
     "adam_pgd",
 )
-SOME = [pytest.param(a, t, id=f"{a}-{t}") for a in ("pgd", "mi_fgsm") for t in ALL]
+SOME = [pytest.param(a, t, id=f"{a}-{t}") for a, t in [*(("pgd", t) for t in ALL), ("mi_fgsm", "l1")]]
 MORE = [
     pytest.param(a, t, id=f"{a}-{t}", marks=pytest.mark.slow)
     for a, t in TABLE
@@ -370,7 +375,7 @@ MORE = [
 transforms = pytest.mark.parametrize(("attack", "threat"), SOME + MORE, scope="module")
 
 
-@transforms
+@pytest.mark.parametrize(("attack", "threat"), SOME, scope="module")  # one operation after the other: dear, and alike
 def test_jit_is_no_jit(attack, threat):
     x, y, index = batch(np.arange(16))
     a = wire(attack, threat)

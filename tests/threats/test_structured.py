@@ -228,7 +228,7 @@ def test_every_other_attack_refuses_fences():
             except ValueError as refusal:
                 assert "without fences" in str(refusal) and name in str(refusal)
     kin = "fgsm r_fgsm bim pgd mi_fgsm adam_pgd ni_fgsm si_fgsm di_fgsm ti_fgsm vmi_fgsm nes spsa"
-    assert takes == set(f"{kin} apgd_ce apgd_dlr apgd_t fmn".split())
+    assert takes == set(f"{kin} apgd_ce apgd_dlr apgd_t acg fmn".split())
     with pytest.raises(ValueError, match="pgd and its kin"):
         unfenced(masked(linf(0.1), FREE), "mine")
 
