@@ -1,9 +1,9 @@
 """Data: where examples come from and how they become batches.
 
 `load` by name or `arrays` of your own give a `Source`; `batches` streams it in an order that is a pure function of the
-seed; `evaluation_subset` fixes what is evaluated. Sources live in `sources.py`, names and tfds folders in
-`catalog.py`, the stream in `pipeline.py`, generated data with known truth in `synthetic.py`. Works on plain arrays
-alone: no TensorFlow, no network.
+seed; `evaluation_subset` fixes what is evaluated; `prepare` makes array_record sets of raw files. Sources live in
+`sources.py`, names and tfds folders in `catalog.py`, raw files in `prepare.py`, the stream in `pipeline.py`, generated
+data with known truth in `synthetic.py`. Works on plain arrays alone: no TensorFlow, no network.
 """
 
 from jaxadv.data.catalog import SOURCES as SOURCES
@@ -19,6 +19,7 @@ from jaxadv.data.pipeline import make_batch as make_batch
 from jaxadv.data.pipeline import order as order
 from jaxadv.data.pipeline import process_rows as process_rows
 from jaxadv.data.pipeline import steps_per_epoch as steps_per_epoch
+from jaxadv.data.prepare import prepare as prepare
 from jaxadv.data.sources import SPLITS as SPLITS
 from jaxadv.data.sources import Source as Source
 from jaxadv.data.sources import arrays as arrays

@@ -150,6 +150,17 @@ _root = root  # `load` has an argument of this name
 # --- tfds, read without TensorFlow -----------------------------------------------------------------------------------
 
 
+def _fetch(source: Any, rows: Any, where: str) -> Any:
+    """Records of a data source, or a refusal that says where they lie."""
+    try:
+        return source.__getitems__([int(row) for row in rows])
+    except Exception as error:  # array_record, decoders and the file system raise many kinds
+        raise ValueError(
+            f"the files of {where} must be whole; reading records {rows[0]} to {rows[-1]} failed: "
+            f"{' '.join(str(error).split())[:200]}. Cut short? Prepare the set again, or fetch it again."
+        ) from error
+
+
 class _Records:
     """Rows of a tfds random-access data source."""
 
@@ -158,13 +169,13 @@ class _Records:
     def __init__(self, rows: Any, names: tuple[str, str], classes: int, bounds: tuple[float, float], where: str):
         self.rows, self.classes, self.bounds, self.where = rows, classes, bounds, where
         self.x, self.y = names
-        self.shape = np.asarray(rows[0][self.x]).shape
+        self.shape = np.asarray(_fetch(rows, [0], where)[0][self.x]).shape
         self._labels: np.ndarray | None = None
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not len(rows):
             return np.zeros((0, *self.shape), np.float32), np.zeros(0, np.int32)
-        records = self.rows.__getitems__([int(row) for row in rows])
+        records = _fetch(self.rows, rows, self.where)
         images = [np.asarray(record[self.x]) for record in records]
         if len({image.shape for image in images}) > 1:
             raise ValueError(
@@ -185,6 +196,62 @@ class _Records:
             parts = [self.read(np.arange(i, min(i + _CHUNK, n)))[1] for i in range(0, n, _CHUNK)]
             self._labels = np.concatenate(parts)
         return self._labels
+
+
+def _tfds() -> Any:
+    try:
+        import array_record  # noqa: F401
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"reading tfds data sets needs the packages tensorflow-datasets and array_record; got: {error}. "
+            "On Linux: pip install tensorflow-datasets array_record. Elsewhere array_record does not exist: "
+            "save the arrays x and y as an .npz file."
+        ) from error
+    return tfds
+
+
+def prepared_by(raw: Any, name: str, out: Path) -> Path:
+    """Write raw data as an array_record set in the layout of tfds.
+
+    Args:
+      raw: a `prepare.Raw`.
+      name: of the set.
+      out: the folder of prepared sets.
+
+    Returns:
+      The folder of the set.
+
+    Raises:
+      ImportError: if tensorflow-datasets or array_record is missing.
+    """
+    tfds = _tfds()
+    base: Any = tfds.core.GeneratorBasedBuilder
+
+    class Prepared(base, skip_registration=True):  # pyright: ignore
+        __module__ = "prepared"  # tfds looks up files beside dotted modules
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image = tfds.features.Tensor(shape=raw.shape, dtype=raw.dtype)
+            if raw.encoded:
+                image = tfds.features.Image(shape=raw.shape, encoding_format="jpeg")
+            features = {"image": image, "label": tfds.features.ClassLabel(names=list(raw.classes))}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+            )
+
+        def _split_generators(self, manager):
+            return {split: self._generate_examples(split) for split in raw.splits}
+
+        def _generate_examples(self, split):
+            for key, image, label in raw.splits[split]():
+                yield key, {"image": image, "label": label}
+
+    Prepared.name = name
+    builder = Prepared(data_dir=str(out), file_format="array_record")
+    builder.download_and_prepare()
+    return Path(builder.data_dir)
 
 
 def tfds_source(
@@ -214,15 +281,7 @@ def tfds_source(
         label.
     """
     check.choice("split", split, SPLITS)
-    try:
-        import array_record  # noqa: F401
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"reading tfds data sets needs the packages tensorflow-datasets and array_record; got: {error}. "
-            "On Linux: pip install tensorflow-datasets array_record. Elsewhere array_record does not exist: "
-            "save the arrays x and y as an .npz file."
-        ) from error
+    tfds = _tfds()
     folder = _prepared(os.fspath(name), Path(data_dir) if data_dir else Path.home() / "tensorflow_datasets")
     builder: Any = tfds.builder_from_directory(folder)
     known = set(builder.info.splits)
@@ -247,7 +306,7 @@ def tfds_source(
     if len(rows) == 0:
         raise ValueError(f"{folder} must hold at least one example in {part!r}; got none.")
     store = _Records(rows, (x, y), int(label.num_classes), limits, str(folder))
-    first = np.asarray(rows[0][x])
+    first = np.asarray(_fetch(rows, [0], str(folder))[0][x])
     if first.dtype != np.uint8 and not np.issubdtype(first.dtype, np.floating):
         raise ValueError(
             f"feature {x!r} of {folder} must be bytes or floats; got {feature.np_dtype}. Prepare it as uint8."
