@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxadv import attacks as attacks
     from jaxadv import certify as certify
     from jaxadv import core as core
+    from jaxadv import corruptions as corruptions
     from jaxadv import data as data
     from jaxadv import evaluate as evaluate
     from jaxadv import losses as losses
@@ -49,6 +50,7 @@ _ROOMS = (
     "attacks",
     "certify",
     "core",
+    "corruptions",
     "data",
     "evaluate",
     "losses",

@@ -42,7 +42,7 @@ def test_a_public_name_resolves_and_has_a_docstring(name):
 
 
 def test_the_names_of_the_front_page_are_public():
-    rooms = "attacks certify core data evaluate losses models parallel privacy threats train recipes"
+    rooms = "attacks certify core corruptions data evaluate losses models parallel privacy threats train recipes"
     names = "best_of fgsm fit from_nnx l0 l1 l2 linf pgd pure union"
     assert set(f"{rooms} {names}".split()) <= set(ja.__all__)
 

@@ -5,6 +5,10 @@ import sys
 import types
 
 from jaxadv.evaluate import engine
+from jaxadv.evaluate.card import Card as Card
+from jaxadv.evaluate.card import mce as mce
+from jaxadv.evaluate.card import relative_mce as relative_mce
+from jaxadv.evaluate.card import report_card as report_card
 from jaxadv.evaluate.diagnostics import CHECKS as CHECKS
 from jaxadv.evaluate.diagnostics import Diagnosis as Diagnosis
 from jaxadv.evaluate.diagnostics import diagnose as diagnose
