@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxadv import data as data_room
-from jaxadv import evaluate, models, train
+from jaxadv import evaluate, train
 from jaxadv.attacks import ATTACKS
 from jaxadv.cli import configs, files, sources
 from jaxadv.cli.errors import FLAGGED, OK, Stopped, UsageError
@@ -165,11 +165,12 @@ def run_evaluate(config: configs.Evaluate) -> int:
     threats = [sources.threat(config.norm, eps, source) for eps in budgets]
     save_adv = files.npz_path(config.save_adv)
     files.writable(config.out)
+    honest = config.protocol == "ode"
     surrogate = None if config.surrogate is None else sources.load_model(config.surrogate).model
     x, y = source.all()
     try:
         with Progress() as progress:
-            report = measure(
+            report = (evaluate.ode_report if honest else measure)(
                 jax.random.key(config.seed),
                 loaded.model,
                 x,
@@ -186,7 +187,7 @@ def run_evaluate(config: configs.Evaluate) -> int:
                 eps_curve=budgets if len(budgets) > 1 else (),
                 targets=targets,
                 surrogate=surrogate,
-                diagnostics=config.diagnose,
+                diagnostics=honest or config.diagnose,
                 journal=config.out,
                 resume=config.resume,
                 measure=config.measure,
@@ -580,7 +581,7 @@ def run_list(config: configs.List) -> int:
         "attacks": lambda: {name: first_line(made) for name, made in ATTACKS.items()},
         "threats": lambda: {name: first_line(made) for name, made in THREATS.items()},
         "recipes": lambda: {name: first_line(made) for name, made in train.RECIPES.items()},
-        "models": lambda: {name: first_line(made) for name, made in models.NETS.items()},
+        "models": lambda: {name: first_line(made) for name, made in sources.NETS.items()},
         "data": lambda: {
             **{name: DATA_SETS.get(name, "") for name in data_room.SOURCES},
             "FILE.npz": "your own arrays x and y (and bounds, classes)",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxadv import data, models
+from jaxadv import continuous, data, models
 from jaxadv.cli.configs import PUBLISHED_EPS
 from jaxadv.cli.errors import UsageError
 from jaxadv.cli.parsing import fraction
@@ -24,6 +24,9 @@ from jaxadv.threats import THREATS
 
 WEIGHTS = "model.safetensors"
 """Name of the exported weights in a run folder."""
+
+NETS = models.NETS | continuous.NETS
+"""Name of a network to its class, of all rooms that have networks."""
 
 _FORMS = "a run folder, a .safetensors file, or package.module:callable that returns a model"
 
@@ -97,8 +100,9 @@ def _from_run(folder: Path) -> Loaded:
 
 
 def _from_file(file: Path, name: str, run: dict[str, Any]) -> Loaded:
-    trainable, spec = models.load(file)
-    return Loaded(models.model(trainable), name, tuple(spec["shape"]), int(spec["classes"]), run)
+    trainable, spec = models.load(file, nets=NETS)
+    made = continuous.ode_model if spec["name"] in continuous.NETS else models.model
+    return Loaded(made(trainable), name, tuple(spec["shape"]), int(spec["classes"]), run)
 
 
 def _from_callable(text: str) -> Loaded:

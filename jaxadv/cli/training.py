@@ -37,6 +37,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("standard_digits", "fast_digits", "pgd_digits"), ("cnn_small", {})),
     "fast_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "raw", "width": 64}),
     "pgd_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "preact", "width": 64}),
+    "odenet_mnist": ("odenet_mnist", {}),
+    "tisode_mnist": ("odenet_tis", train.recipes.TIS_OPTIONS),
 }
 """Recipe to its network and options: what is written beside the weights so that they can be loaded alone."""
 
@@ -97,8 +99,8 @@ def follow(progress: Progress, stage: str, steps: int, log: Callable[[str], Any]
 def _recipe(name: str, source: Any, seed: int, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments of `fit` and the spec of the network."""
     net, options = check.choice("recipe with a network known here", name, NETWORKS)
-    spec = models.make_spec(net, shape=source.shape, classes=source.classes, **options)
-    trainable = models.from_spec(spec, jax.random.key(seed))
+    spec = models.make_spec(net, shape=source.shape, classes=source.classes, nets=sources.NETS, **options)
+    trainable = models.from_spec(spec, jax.random.key(seed), nets=sources.NETS)
     return train.recipe(name)(source, seed=seed, trainable=trainable, **given), spec
 
 
@@ -181,7 +183,7 @@ def _finish(
 ) -> None:
     """Export the weights and say which they are."""
     weights = config.out / sources.WEIGHTS
-    models.save(weights, train.trained(arguments["trainable"], jax.device_get(state)), spec)
+    models.save(weights, train.trained(arguments["trainable"], jax.device_get(state)), spec, nets=sources.NETS)
     step, best = int(state.step), arguments.get("keep", "last") == "best"
     which = (
         f"the best by robust accuracy on validation data, step {step}" if best else f"those of the last step, {step}"

@@ -17,6 +17,7 @@ from jaxadv.evaluate.flags import Flag as Flag
 from jaxadv.evaluate.inputs import TARGET_RULES as TARGET_RULES
 from jaxadv.evaluate.intervals import clopper_pearson as clopper_pearson
 from jaxadv.evaluate.journal import Journal as Journal
+from jaxadv.evaluate.odes import ode_report as ode_report
 from jaxadv.evaluate.protocols import PROTOCOLS as PROTOCOLS
 from jaxadv.evaluate.protocols import Stage as Stage
 from jaxadv.evaluate.report import SCHEMA as SCHEMA

@@ -19,6 +19,7 @@ from jaxadv.attacks.autoattack import Chain
 from jaxadv.attacks.autoattack import Stage as Stage
 from jaxadv.attacks.autoattack import stages as autoattack
 from jaxadv.core import Attack, Threat, check, pytree, static
+from jaxadv.evaluate import odes
 
 BALLS = ("linf", "l2", "l1")
 """Norms that AutoAttack knows; other threats get `GRADIENT` in its place."""
@@ -71,12 +72,15 @@ PROTOCOLS: dict[str, Callable[[str], tuple[Stage, ...]]] = {
     "rand": _suite("rand"),
     "thorough": _thorough,
     "gradient": lambda norm: GRADIENT,
+    "ode": odes.stages,
 }
 """Protocols by name, each a function of the threat's norm. `standard`, the default, is AutoAttack; `custom` is the name
-for attacks of your own, passed in the place of a protocol. `fast` takes 26 to 41 % of the gradients of `standard` and a
-quarter to a third of its forward passes. On the nine networks and norms of `benchmarks/parity/protocols.py` it
-missed 29 of 4,500 examples that `standard` broke (0.64 %, 95 % interval 0.43 to 0.92 %) and broke 2 others; robust
-accuracy was higher by 0 to 1 point, and by 2.4 in l1 on a network that masks its gradients."""
+for attacks of your own, passed in the place of a protocol. `ode` is for models that know their solver
+(`continuous.ode_model`), see `odes`, whose `ode_report` adds its alarms. `fast` takes 26 to 41 % of the gradients of
+`standard` and a quarter to a third of its forward passes. On the nine networks and norms of
+`benchmarks/parity/protocols.py` it missed 29 of 4,500 examples that `standard` broke (0.64 %, 95 % interval 0.43 to
+0.92 %) and broke 2 others; robust accuracy was higher by 0 to 1 point, and by 2.4 in l1 on a network that masks
+its gradients."""
 
 
 def with_eps(threat: Threat, eps: float) -> Threat:

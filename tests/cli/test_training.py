@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxadv import data, evaluate, models, train
-from jaxadv.cli import files, training
+from jaxadv.cli import files, sources, training
 from jaxadv.cli.configs import Train
 from jaxadv.cli.errors import UsageError
 
@@ -67,7 +67,7 @@ def test_the_network_written_beside_the_weights_is_that_of_the_recipe(name):
     assert jax.tree.structure(own) == jax.tree.structure(given["trainable"])
     for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(given["trainable"]), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert set(training.NETWORKS) == set(train.RECIPES) and spec["name"] in models.NETS
+    assert set(training.NETWORKS) == set(train.RECIPES) and spec["name"] in sources.NETS
     assert training.DATA_OF[name.rsplit("_", 1)[-1]] in data.SOURCES
 
 
