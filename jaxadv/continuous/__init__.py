@@ -12,6 +12,14 @@ from jaxadv.continuous.latent import sampled as sampled
 from jaxadv.continuous.nets import NETS as NETS
 from jaxadv.continuous.nets import create as create
 from jaxadv.continuous.nets import time_encoder as time_encoder
+from jaxadv.continuous.prototypes import Encoder as Encoder
+from jaxadv.continuous.prototypes import Episode as Episode
+from jaxadv.continuous.prototypes import dice as dice
+from jaxadv.continuous.prototypes import phantoms as phantoms
+from jaxadv.continuous.prototypes import pnode_episode_loss as pnode_episode_loss
+from jaxadv.continuous.prototypes import proto_segment as proto_segment
+from jaxadv.continuous.prototypes import sample_episode as sample_episode
+from jaxadv.continuous.prototypes import seg_attack as seg_attack
 from jaxadv.continuous.solve import METHODS as METHODS
 from jaxadv.continuous.solve import SolveCfg as SolveCfg
 from jaxadv.continuous.solve import SolveStats as SolveStats
