@@ -1,4 +1,4 @@
-"""The command line: `jaxadv demo | train | evaluate | attack | report | verify-report | list | claims | bench`.
+"""`jaxadv demo | train | evaluate | attack | report | verify-report | privacy | list | claims | bench`.
 
 What lives here: `main`, which parses, sets jax up, runs a command, and turns what went wrong into one paragraph and
 an exit code. This room is the only place that prints, reads the environment or touches `jax.config`. Commands are
@@ -24,7 +24,7 @@ from jaxadv.cli.configs import Common, Machine
 from jaxadv.cli.errors import INTERNAL, INTERRUPTED, OK, USAGE, Stopped, UsageError
 from jaxadv.cli.parsing import parse, to_yaml
 
-_HOME = {"demo": "training", "train": "training"}
+_HOME = {"demo": "training", "train": "training", "privacy": "privacy"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,6 +102,12 @@ class Train(Machine):
     batch_size: int | None = None
     """Examples in a step, over all devices; default that of the recipe."""
 
+    epsilon: str | None = None
+    """Privacy budget of a private recipe (dp_...), e.g. 8; default that of the recipe."""
+
+    delta: str | None = None
+    """Delta of the privacy budget, below one over the number of examples; default that of the recipe."""
+
     keep: Literal["best", "last"] | None = None
     """Which weights become model.safetensors: the best by robust accuracy on validation data, or the last; default the
     recipe's."""
@@ -277,6 +283,44 @@ class VerifyReport(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Privacy(Machine):
+    """Count what a private run costs, find the noise or the steps of a budget, or audit the private step.
+
+    The defaults are those of dp-accounting's users: privacy loss distributions, delta 1e-5.
+    """
+
+    action: tyro.conf.Positional[Literal["epsilon", "calibrate", "audit"]] = "epsilon"
+    """epsilon of a run; calibrate the noise (with --steps) or the steps (with --noise-multiplier); audit one step."""
+
+    n: int | None = None
+    """Number of training examples."""
+
+    batch_size: int | None = None
+    """Expected examples in a step; each takes part by a coin of its own (Poisson)."""
+
+    steps: int | None = None
+    """Number of steps."""
+
+    noise_multiplier: str | None = None
+    """Standard deviation of the noise over the clip norm; audit takes 1 if none is given."""
+
+    epsilon: str | None = None
+    """The budget, for calibrate."""
+
+    delta: str = "1e-5"
+    """Delta of the budget, below one over the number of examples."""
+
+    rows: int | None = None
+    """Rows of a batch in memory, where larger samples are truncated; default enough for all but 1 in 10^25."""
+
+    accountant: Literal["pld", "rdp"] = "pld"
+    """Privacy loss distributions, or Renyi divergences (as most papers)."""
+
+    trials: int = 20_000
+    """Runs of the audit with, and without, the canary."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class List(Common):
     """List attacks, threats, recipes, models, data sets and protocols."""
 
@@ -322,6 +366,7 @@ COMMANDS: dict[str, type[Common]] = {
     "attack": Attack,
     "report": Report,
     "verify-report": VerifyReport,
+    "privacy": Privacy,
     "list": List,
     "claims": Claims,
     "bench": Bench,

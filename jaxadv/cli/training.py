@@ -8,6 +8,7 @@ a resumed run is checked and continued), `metrics.jsonl`, `train.log` (what happ
 `model.safetensors`.
 """
 
+import inspect
 import math
 import shlex
 import time
@@ -24,12 +25,13 @@ from jaxadv.cli.commands import exit_code, show_flags, show_models
 from jaxadv.cli.configs import Demo, Train
 from jaxadv.cli.errors import Stopped, UsageError
 from jaxadv.cli.parsing import fraction, plain
+from jaxadv.cli.privacy import secret_key, spent_words
 from jaxadv.cli.progress import Progress, note, say
 from jaxadv.core import check
 from jaxadv.evaluate.engine import evaluate as measure
 
 DATA_OF = {"mnist": "mnist", "digits": "digits", "cifar10": "cifar10_jpeg"}
-"""Last word of a recipe's name to the data set it is made for."""
+"""Word of a recipe's name to the data set it is made for."""
 
 _CIFAR10 = {"mean": train.recipes.CIFAR10_MEAN, "std": train.recipes.CIFAR10_STD}
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,10 +39,32 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("standard_digits", "fast_digits", "pgd_digits"), ("cnn_small", {})),
     "fast_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "raw", "width": 64}),
     "pgd_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "preact", "width": 64}),
+    "dp_mnist": ("cnn_small", {}),
+    "dp_cifar10_wrn16_4": (
+        "wide_resnet_private",
+        {
+            "mean": train.private_recipes.DP_MEAN,
+            "std": train.private_recipes.DP_STD,
+            "depth": 16,
+            "width": 4,
+        },
+    ),
     "odenet_mnist": ("odenet_mnist", {}),
     "tisode_mnist": ("odenet_tis", train.recipes.TIS_OPTIONS),
 }
 """Recipe to its network and options: what is written beside the weights so that they can be loaded alone."""
+
+
+def data_of(recipe: str) -> str:
+    """Return the data set that a recipe is made for.
+
+    Args:
+      recipe: its name.
+
+    Returns:
+      The name of the data set.
+    """
+    return next(DATA_OF[word] for word in recipe.split("_") if word in DATA_OF)
 
 
 class Log:
@@ -121,7 +145,7 @@ def run_train(config: Train) -> int:
       Stopped: after an interruption.
     """
     check.choice("recipe", config.recipe, train.RECIPES)
-    name = config.data or DATA_OF[config.recipe.rsplit("_", 1)[-1]]
+    name = config.data or data_of(config.recipe)
     _positive(config)
     given = _given(config)
     if not config.resume and config.out.is_dir() and any(config.out.iterdir()):
@@ -162,7 +186,9 @@ def run_train(config: Train) -> int:
     try:
         with Progress() as progress:
             arguments["callbacks"] = (follow(progress, "train", steps, log),)
-            state = train.fit(jax.random.key(config.seed), **arguments)
+            private = arguments.get("private") is not None
+            key = secret_key(config.out) if private else jax.random.key(config.seed)
+            state = train.fit(key, **arguments)
     except train.Interrupted as stop:
         log(f"interrupted at step {stop.step}, saved")
         raise Stopped(
@@ -192,6 +218,8 @@ def _finish(
     mine = next((m for m in reversed(seen) if m["step"] == step), seen[-1] if seen else None)
     log(f"finished: {weights.name} holds the weights: {which}")
     say(f"{weights}: {which} of {steps}; {seconds:.0f} s.")
+    if arguments.get("private") is not None:
+        say(spent_words(config.out))
     if mine is not None:
         say(
             f"Validation (step {mine['step']}): clean {100 * mine['clean']:.1f} %, robust "
@@ -230,7 +258,15 @@ def _given(config: Train) -> dict[str, Any]:
         eps = fraction(config.eps)
         check.positive("eps", eps, "It is in the units of x, e.g. 0.3 or 8/255.")
         given["eps"] = eps
-    return given
+    spends = {name: fraction(getattr(config, name), name) for name in ("epsilon", "delta") if getattr(config, name)}
+    valid = inspect.signature(train.recipe(config.recipe)).parameters
+    for name in spends:
+        if name not in valid:
+            private = [known for known in train.RECIPES if known.startswith("dp_")]
+            raise UsageError(f"--{name} needs a private recipe ({', '.join(private)}); got {config.recipe}.")
+    if config.devices is not None and "devices" in valid:
+        given["devices"] = config.devices
+    return given | spends
 
 
 # ----------------------------------------------------------------------------------------------------------------- demo

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Bool, Float
 
 from jaxadv.core import PyTree, check
@@ -113,11 +114,11 @@ def scores(release: Callable[[Any, Any], PyTree], canary: PyTree, keys, included
     Returns:
       `[n]` scores `<answer, canary> / |canary|`.
     """
-    direction, _ = jax.flatten_util.ravel_pytree(canary)
+    direction, _ = ravel_pytree(canary)
     direction = direction / jnp.linalg.norm(direction)
 
     def one(key):
-        return jax.flatten_util.ravel_pytree(release(key, jnp.asarray(included)))[0] @ direction
+        return ravel_pytree(release(key, jnp.asarray(included)))[0] @ direction
 
     return np.asarray(jax.jit(lambda keys: lax.map(one, keys, batch_size=batch))(keys))
 
@@ -189,7 +190,7 @@ def gradient_canaries(key, params: PyTree, count: int, norm: float) -> PyTree:
     References:
       Steinke, Nasr and Jagielski 2023, Privacy auditing with one (1) training run, arXiv:2305.08846, section 6.
     """
-    flat, back = jax.flatten_util.ravel_pytree(params)
+    flat, back = ravel_pytree(params)
     check.whole("count", count)
     if count > flat.size:
         raise ValueError(f"count must be at most the {flat.size} parameters; got {count}. Take fewer canaries.")

@@ -162,7 +162,8 @@ class Plan:
           steps: number of steps taken; one that was taken twice counts twice.
 
         Returns:
-          Epsilon at this plan's delta.
+          Epsilon at this plan's delta; infinity where it is so large that samples which do not fit into the rows, one
+          in 10^25, would cost more than their share of delta.
 
         Raises:
           ValueError: if no epsilon can be stated.
@@ -178,12 +179,29 @@ class Plan:
             relation=self.relation,
         )
         lost = steps * sampler.overflow * (1 + math.exp(min(found, 700)))
-        if slack and math.isfinite(found) and lost > slack * self.delta:
-            raise ValueError(
-                f"samples must fit into their {self.rows} rows more surely for {steps} steps at epsilon {found:.3g}; "
-                f"they overflow with probability {sampler.overflow:.1e}. Give the sampler more rows."
-            )
-        return found
+        return math.inf if slack and lost > slack * self.delta else found
+
+    def affordable(self, epsilon: float) -> int:
+        """Return the most steps that keep a budget.
+
+        Args:
+          epsilon: the budget.
+
+        Returns:
+          The number of steps; 0 if not even one fits.
+
+        Raises:
+          ValueError: if no epsilon can be stated.
+        """
+        rounds = accounting.calibrate_steps(
+            epsilon,
+            self.delta * (1 - _SHARE),
+            noise_multiplier=self.noise_multiplier,
+            accountant=self.accountant,
+            relation=self.relation,
+            **_drawn(self._counted()),
+        )
+        return rounds * self.sampler.cycle
 
     def admit(self, steps: int) -> None:
         """Refuse to go on if so many steps would spend more than the budget. To be called before they are taken.

@@ -16,12 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxadv import parallel
 from jaxadv.core import Objective, Trainable, atomic_write, example_keys
 from jaxadv.privacy.plan import Plan
-from jaxadv.train.objectives import halves
-from jaxadv.train.trainer import Gradient, counted, grad_fn
+from jaxadv.privacy.plan import plan as plan_of
+from jaxadv.train.objectives import halves, standard
+from jaxadv.train.trainer import Gradient, TrainState, counted, grad_fn, make_step
 
 LEDGER = "privacy.json"
 """File in the run folder that says what was spent so far."""
@@ -252,3 +254,42 @@ def spent_line(facts: dict[str, Any]) -> dict[str, Any]:
       `epsilon`, `delta`, `accountant` and `repeated`.
     """
     return {name: facts[name] for name in ("epsilon", "delta", "accountant", "repeated")}
+
+
+def one_step(
+    noise_multiplier: float, clip_norm: float = 1.0, *, gradient: Callable | None = None
+) -> tuple[Callable[[Any, Any], Any], Any]:
+    """Return one private step of the trainer on a net of three numbers, to be audited with `privacy.audit.white_box`.
+
+    Five examples all take part; the gradient of the last, the canary, has an axis almost to itself and is far beyond
+    the clip. So the answers with and without it are two Gaussians, `1 / noise_multiplier` standard deviations apart.
+
+    Args:
+      noise_multiplier: of the plan.
+      clip_norm: of the plan.
+      gradient: a gradient function of another kind in the place of the plan's.
+
+    Returns:
+      (release, canary): `release(key, included)` is the change of the parameters under SGD of rate one.
+    """
+    made = plan_of(5, size=5, steps=1, delta=1e-5, noise_multiplier=noise_multiplier, clip_norm=clip_norm)
+    rows = np.random.Generator(np.random.Philox(0)).uniform(-1, 1, (5, 3)).astype(np.float32) * [1, 1, 0.01]
+    rows[4] = [0, 0, 40]
+    five = np.arange(5, dtype=np.int32)
+
+    def apply(params, state, x, **settings):
+        del settings
+        score = x @ params
+        return jnp.stack([jnp.zeros_like(score), score], -1), state
+
+    def release(key, included):
+        params = jnp.array([0.2, -0.1, 0.3])
+        optimizer = optax.chain(made.stage(key), optax.sgd(1.0))
+        settings = {"gradient": gradient or private_grad_fn(made), "divisor": made.size}
+        step = make_step(apply, standard(), optimizer, **settings)
+        mask = jnp.asarray(five < 4) | (included & jnp.asarray(five == 4))
+        batch = {"x": jnp.asarray(rows, jnp.float32), "y": jnp.asarray(five * 0), "index": jnp.asarray(five)}
+        state = TrainState(jnp.zeros((), jnp.int32), key, params, {}, optimizer.init(params), None)
+        return params - step(state, batch | {"mask": mask})[0].params
+
+    return release, jnp.array([0.0, 0.0, 1.0])

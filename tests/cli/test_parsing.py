@@ -55,6 +55,7 @@ SAMPLES = {
     ],
     "report": ["a.json", "b.json", "--out", "page.html"],
     "verify-report": ["out", "--model", "mod:f"],
+    "privacy": ["calibrate", "--n", "60000", "--batch-size", "256", "--epsilon", "3", "--steps", "100"],
     "list": ["recipes"],
     "claims": ["run", "fast_at", "--root", "/src", "--smoke"],
     "bench": ["run", "speed/attacks"],

@@ -57,7 +57,8 @@ def test_train_writes_a_run_folder_whose_weights_are_the_trained_ones(cli, tiny,
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_network_written_beside_the_weights_is_that_of_the_recipe(name):
     """What is exported is built from NETWORKS; the recipe must build the same from the same seed."""
-    shape = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}[name.rsplit("_", 1)[-1]]
+    known = training.data_of(name)
+    shape = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_jpeg": (32, 32, 3)}[known]
     source = data.arrays(
         np.random.default_rng(0).uniform(size=(256, *shape)).astype(np.float32), np.arange(256) % 10, classes=10
     )
@@ -68,7 +69,7 @@ def test_the_network_written_beside_the_weights_is_that_of_the_recipe(name):
     for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(given["trainable"]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert set(training.NETWORKS) == set(train.RECIPES) and spec["name"] in sources.NETS
-    assert training.DATA_OF[name.rsplit("_", 1)[-1]] in data.SOURCES
+    assert known in training.DATA_OF.values() and known in data.SOURCES
 
 
 def test_settings_reach_fit(tmp_path):

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jaxadv import attacks, data, models, train
-from jaxadv.train import recipes
+from jaxadv.train import private_recipes, recipes
 
 
 def source_for(name, n=400):
@@ -20,12 +20,12 @@ def source_for(name, n=400):
 
 
 def small(name):
-    return {"width": 2} if name.endswith("cifar10") else {}
+    return {"width": 2} if "cifar10" in name else {}
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n.endswith("cifar10") else []) for n in sorted(train.RECIPES)],
+    [pytest.param(n, marks=[pytest.mark.slow] if "cifar10" in n else []) for n in sorted(train.RECIPES)],
 )
 def test_a_recipe_gives_arguments_of_fit_and_a_train_set_apart_from_validation(name):
     source = source_for(name)
@@ -101,6 +101,40 @@ def test_the_cifar10_recipes_are_as_published():
         update, state = optimizer.update({"w": np.float32(0.3)}, state, params)
         params = optax.apply_updates(params, update)
         assert float(params["w"]) == pytest.approx(p, rel=1e-5)
+
+
+def test_private_mnist_binds_its_settings_in_a_plan():
+    given = train.recipe("dp_mnist")(source_for("mnist", 5000), epsilon=3.0)
+    plan = given["private"]
+    assert plan.sampler.n == len(given["data"]) == 4500 and given["batch_size"] == 450 == plan.size
+    assert (plan.epsilon, plan.delta, plan.accountant, plan.rescale) == (3.0, 1e-5, "rdp", True)
+    assert given["steps"] == 200 and 2.9 < plan.spent(200) <= 3.0 and given["ema"] == 0.999
+    loud = train.recipe("dp_mnist")(source_for("mnist", 5000), epsilon=None, noise_multiplier=2.0, devices=8, epochs=1)
+    assert loud["private"].noise_multiplier == 2.0 and loud["private"].rows % 8 == 0 and loud["steps"] == 10
+
+
+def test_a_scaled_private_run_keeps_batch_over_noise_and_steps():
+    given = train.recipe("dp_mnist")(source_for("mnist", 5000), epsilon=None, noise_multiplier=3.0)
+    small_run = private_recipes.scale_config(given, 45)
+    one, two = given["private"], small_run["private"]
+    assert two.size / two.noise_multiplier == pytest.approx(one.size / one.noise_multiplier)
+    assert small_run["steps"] == given["steps"] and small_run["batch_size"] == 45 and two.epsilon is None
+    assert two.spent(given["steps"]) > 10 * one.spent(given["steps"])
+
+
+@pytest.mark.slow
+def test_the_private_cifar10_recipe_is_as_published():
+    given = train.recipe("dp_cifar10_wrn16_4")(source_for("cifar10", 1280), width=1, epsilon=None, noise_multiplier=3.0)
+    plan = given["private"]
+    assert given["steps"] == 2468 and (plan.views, plan.clip_norm, plan.noise_multiplier) == (16, 1.0, 3.0)
+    assert plan.rows % 64 == 0 and given["accumulate"] == 64 and given["ema"] == 0.999
+    assert (
+        private_recipes.WRN_STEPS[2.0] == 1125
+        and private_recipes.DP_STD[0] == 0.24703223
+        and private_recipes.DP_MEAN[2] == 0.44653091
+    )
+    update, _ = given["optimizer"].update({"w": np.float32(1)}, given["optimizer"].init({"w": np.float32(0)}))
+    assert float(update["w"]) == -2.0
 
 
 def test_overrides_win_and_unknown_ones_are_named():
