@@ -23,6 +23,8 @@ from jaxadv.attacks.autoattack import Stage as Stage
 from jaxadv.attacks.autoattack import Transfer as Transfer
 from jaxadv.attacks.autoattack import autoattack as autoattack
 from jaxadv.attacks.autoattack import transfer as transfer
+from jaxadv.attacks.bethge import BrendelBethge as BrendelBethge
+from jaxadv.attacks.bethge import brendel_bethge as brendel_bethge
 from jaxadv.attacks.blackbox import SquareAttack as SquareAttack
 from jaxadv.attacks.blackbox import square as square
 from jaxadv.attacks.composite import Composite as Composite
@@ -166,6 +168,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "ddn": ddn,
     "fmn": fmn,
     "newtonfool": newtonfool,
+    "brendel_bethge": brendel_bethge,
     "carlini": carlini,
     "carlini_linf": carlini_linf,
     "carlini_l0": carlini_l0,

@@ -318,7 +318,7 @@ def evade(attack, x, y, classes):
     return sweep(attack, KEY, model, x, y, classes=classes) if classes else attack.run(KEY, model, x, y)
 
 
-@pytest.mark.parametrize("way", ["selective", "orthogonal"])
+@pytest.mark.parametrize("way", [pytest.param("selective", marks=pytest.mark.slow), "orthogonal"])
 def test_a_step_against_a_detector_follows_one_gradient(way):
     """Linear parts: the gradients are known, and with them the first step, of rows that are fooled and that are not."""
     attack = evading(l2(0.05), steps=1, step_size=0.02, way=way, start="zero", keep="last")
@@ -341,6 +341,7 @@ def test_a_step_against_a_detector_follows_one_gradient(way):
     np.testing.assert_array_equal(without(grads[0], 0 * grads[1]), grads[0])
 
 
+@pytest.mark.slow
 def test_evading_is_fooled_and_undetected_and_wants_targets():
     x, y = X[:12], np.asarray(MODEL(X[:12])).argmax(-1).astype(np.int32)
     attack = evading(linf(0.08), steps=20)

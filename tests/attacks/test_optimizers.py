@@ -71,6 +71,7 @@ def test_conjugate_directions_solve_a_quadratic_in_as_many_steps_as_it_has_dimen
     np.testing.assert_allclose(point, np.linalg.solve(a, b[..., None])[..., 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_acg_steps_along_conjugate_directions_and_returns_to_the_best_one():
     w, x, y = problem()
     w = 0.15 * w

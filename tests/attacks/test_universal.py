@@ -77,13 +77,13 @@ def by_hand(w, x, labels, eps, norm, lanes, epochs):
 @pytest.mark.parametrize("norm", ["l2", pytest.param("linf", marks=pytest.mark.slow)])
 def test_on_a_linear_model_it_is_the_published_algorithm(norm):
     """Seven rows in two lanes: one place of the second lane is padding, and must not count."""
-    model, x, y, w = problem()
+    model, x, y, w = problem(seed=8)  # where counting the padding would change the answer
     threat = {"l2": l2, "linf": linf}[norm]({"l2": 0.06, "linf": 0.02}[norm])
     found = go(universal(threat, epochs=2, goal=1.0, batch_size=2), model, x, y)
     want, rates = by_hand(w.astype(np.float64), x, y, float(threat.eps), norm, 2, 2)
     np.testing.assert_allclose(found.change, want, atol=2e-6)
     np.testing.assert_allclose(found.rates, rates, atol=1e-6)
-    assert 0 < max(rates) < 1 and np.linalg.norm(want) > 0.04
+    assert 0 < max(rates) < 1 and np.linalg.norm(want) > 0.03
     moved = np.asarray(UniversalDeepFool.put(universal(threat), found.change, jnp.asarray(x)))
     assert core.feasible(threat, moved, x).all()
     np.testing.assert_array_equal(found.fooled, np.asarray(model(moved)).argmax(-1) != y)

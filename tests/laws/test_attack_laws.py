@@ -30,6 +30,7 @@ SHORT = {  # settings of the laws where they are not four steps; attacks that st
     "fab_t": {"steps": 4, "targets": 2, "early": False},
     "deepfool": {"steps": 4, "early": False},
     "newtonfool": {"steps": 4, "early": False},
+    "brendel_bethge": {"steps": 8, "bisections": 1},
     "carlini": {"steps": 4, "rounds": 2, "constant": 1.0, "rate": 0.1, "abort": False},
     "carlini_linf": {"steps": 4, "rounds": 2, "constant": 1.0, "rate": 0.1, "least": 1e-12},
     "carlini_l0": {"steps": 4, "rounds": 2, "constant": 1.0, "rate": 0.1},
@@ -95,12 +96,20 @@ def takes(attack, threat):
 
 
 WIRINGS = ("nes", "r_fgsm", "bim", "mi_fgsm", "vmi_fgsm")  # one engine with pgd, which meets every threat
-KIN = ("acg", "carlini_linf", "carlini_l0")  # of apgd_ce and carlini: their rows are all slow
+KIN = ("acg", "carlini_linf", "carlini_l0", "brendel_bethge")  # of apgd_ce, carlini and fmn: their rows are all slow
 PARTS = ("ni_fgsm", "si_fgsm", "di_fgsm", "ti_fgsm")  # of what vmi_fgsm combines here
 TABLE = [
     (attack, threat)
     for attack in ATTACKS
-    for threat in (("linf",) if attack in PARTS else ("linf", "l2") if attack in WIRINGS else ALL)
+    for threat in (
+        ("linf",)
+        if attack in PARTS
+        else ("linf", "l0")
+        if attack in KIN
+        else ("linf", "l2")
+        if attack in WIRINGS
+        else ALL
+    )
     if takes(attack, threat)
 ]
 

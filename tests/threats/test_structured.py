@@ -77,7 +77,7 @@ def everything(threat, keys, x, point, grad):
     )
 
 
-SLOW = ("masked-l1", "weighted-l2")
+SLOW = ("masked-l1", "weighted-l1")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS])
@@ -299,7 +299,7 @@ def test_obs_atk_on_a_linear_denoiser_steps_along_the_projected_gradient():
 
 
 def scored(w, x):
-    return x[..., None] * w.reshape(1, 1, 1, -1)
+    return (x[..., None] - 0.25) * w.reshape(1, 1, 1, -1)
 
 
 def test_pgd_brings_the_pixels_of_a_segmentation_down():
@@ -307,11 +307,11 @@ def test_pgd_brings_the_pixels_of_a_segmentation_down():
     w = jnp.array([-1.0, 1.0, 0.0]) * 2
     x = rng.uniform(0.2, 0.8, (B, 2, 3)).astype(np.float32)
     model = flattened(Partial(scored, w))
-    y = np.ones((B, 2, 3), np.int32)  # the margin of class 1 is 2 x, to class 0 it would be 4 x
+    y = np.ones((B, 2, 3), np.int32)  # the margin of class 1 is 2 (x - 1/4), and where that is negative twice as much
     clean = np.asarray(pixel_margin(model(jnp.asarray(x)), jnp.asarray(y)))
-    np.testing.assert_allclose(clean, 2 * x.sum((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(clean, 2 * np.maximum(x - 0.25, 0).sum((1, 2)), rtol=1e-5)
     found = go(pgd(linf(0.3), steps=6, loss=pixel_margin, criterion=pixel_margin), model, x, y)
-    np.testing.assert_allclose(found.score, 2 * np.maximum(x - 0.3, 0).sum((1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.score, 2 * np.maximum(x - 0.55, 0).sum((1, 2)), rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="two or more logits for each of the 6 pixels"):
         pixel_margin(jnp.zeros((B, 7)), jnp.asarray(y))
 
