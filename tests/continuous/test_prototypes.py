@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxadv as ja
+from benchmarks.claims import framework
 from jaxadv.continuous import SolveCfg
 from jaxadv.continuous import prototypes as pt
 
@@ -263,3 +264,18 @@ def test_training_on_two_organs_segments_a_third(key):
 
     before, after = (np.mean([score(p, jax.random.key(i)) for i in range(3)]) for p in (params, trained))
     assert after > max(0.6, before + 0.1), (before, after)
+
+
+def test_the_verdict_on_rpnode():
+    claim = framework.load("rpnode")
+
+    def judged(worst, known, clean=80.0):
+        arms = {"R-PNODE": (worst, known, clean), "residual": (10.0, 20.0, 80.0), "PNODE": (10.0, 20.0, 80.0)}
+        given = {}
+        for arm, (low, paper, usual) in arms.items():
+            what = {"worst case": low, "FGSM": paper, "BIM": paper, "clean": usual}
+            given |= {f"{arm}: {name}, Dice %": [v, v + 0.1, v] for name, v in what.items()}
+        return claim.verdict(given)[0]
+
+    assert judged(15.0, 30.0) == "holds" and judged(10.0, 30.0) == "holds in part"
+    assert judged(15.0, 30.0, 70.0) == "does not hold here" == judged(10.0, 20.0)

@@ -8,6 +8,7 @@ import scipy.optimize
 import scipy.sparse.linalg
 
 import jaxadv as ja
+from benchmarks.claims import framework
 from jaxadv.continuous import standalone as sn
 
 NET = sn.SNODE(3, horizon=1.0, rate=6, fit=0.7, entropy=0.4, rest=0.3, decay=0.2, activation="softplus")
@@ -291,3 +292,16 @@ def test_the_attack_reaches_targets_and_moves_where_there_is_no_gradient(key):
 def test_refusals(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_the_verdict_on_snode():
+    claim = framework.load("snode")
+
+    def judged(known, robust, clean=95.0):
+        arms = {"sNODE, Sobolev": (known, robust, clean), "residual network": (0.0, 0.0, 95.0)}
+        what = ("sensitivity attack, robust %", "AutoAttack, robust %", "clean %")
+        given = {f"{arm}: {name}": [v, v + 0.1, v] for arm, vs in arms.items() for name, v in zip(what, vs)}
+        return claim.verdict(given)[0]
+
+    assert judged(9.0, 5.0) == "holds" and judged(9.0, 5.0, 90.0) == "holds in part"
+    assert judged(9.0, -1.0) == "holds in part" and judged(-1.0, -1.0) == "does not hold here"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.claims import framework
 from benchmarks.parity.zerosnet import draw
 from jaxadv import models
 from jaxadv.continuous import zerostable as zs
@@ -217,3 +218,25 @@ def test_kinds_of_coefficients():
 def test_impossible_settings_are_refused(options, words, key):
     with pytest.raises(ValueError, match=words):
         zs.zerosnet(key, shape=(8, 8, 1), classes=3, **options)
+
+
+def test_the_verdict_on_zerosnet():
+    claim = framework.load("zerosnet")
+
+    def judged(**clean):
+        numbers = {}
+        for arm in claim.ARMS:
+            level = clean.get({"best (root 0.33)": "best", "residual (root 0)": "plain"}.get(arm, ""), 90.0)
+            level = clean["lost"] if arm in claim.UNSTABLE else level
+            what = (
+                "clean %",
+                *(f"{kind} noise %" for kind in ("normal", "uniform", "constant")),
+                "AutoAttack, robust %",
+            )
+            numbers |= {f"{arm}: {name}": [level - 0.1, level, level + 0.1] for name in what}
+        return claim.verdict(numbers)
+
+    word, why = judged(best=95.0, plain=93.0, lost=50.0)
+    assert word == "holds" and "+2.0" in why and "45.0 points clean" in why
+    assert judged(best=93.0, plain=93.0, lost=50.0)[0] == "holds in part"
+    assert judged(best=93.0, plain=93.0, lost=95.0)[0] == "does not hold here"
