@@ -25,7 +25,7 @@ from jaxadv.threats import THREATS
 WEIGHTS = "model.safetensors"
 """Name of the exported weights in a run folder."""
 
-NETS = models.NETS | continuous.NETS
+NETS = models.NETS | continuous.NETS | continuous.ZEROSNETS
 """Name of a network to its class, of all rooms that have networks."""
 
 _FORMS = "a run folder, a .safetensors file, or package.module:callable that returns a model"

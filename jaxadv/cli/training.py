@@ -51,6 +51,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "odenet_mnist": ("odenet_mnist", {}),
     "tisode_mnist": ("odenet_tis", train.recipes.TIS_OPTIONS),
+    "zerosnet_cifar10": ("zerosnet", {**_CIFAR10, "widths": (16, 32, 64)}),
 }
 """Recipe to its network and options: what is written beside the weights so that they can be loaded alone."""
 

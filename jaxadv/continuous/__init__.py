@@ -39,6 +39,7 @@ from jaxadv.continuous.surrogates import surrogate_gradient as surrogate_gradien
 from jaxadv.continuous.surrogates import with_cfg as with_cfg
 from jaxadv.continuous.surrogates import with_tolerance as with_tolerance
 from jaxadv.continuous.tisode import tisode as tisode
+from jaxadv.continuous.zerostable import ZEROSNETS as ZEROSNETS
 from jaxadv.continuous.zerostable import ZeroSNet as ZeroSNet
 from jaxadv.continuous.zerostable import char_roots as char_roots
 from jaxadv.continuous.zerostable import coeffs_from_k as coeffs_from_k

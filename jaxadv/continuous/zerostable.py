@@ -286,6 +286,10 @@ class ZeroSNet(Net):
         return self.linear(jax.nn.relu(self.bn(history[0])).mean((1, 2)))
 
 
+ZEROSNETS: dict[str, type[Net]] = {"zerosnet": ZeroSNet}
+"""Name to class, for what builds networks by name; nothing in it is solved."""
+
+
 def _coefficients(given: Any) -> Any:
     """Four numbers, or the name of a kind that is trained."""
     if isinstance(given, str):

@@ -201,7 +201,7 @@ def test_kinds_of_coefficients():
     assert float(slope) != 0
     np.testing.assert_allclose(fixed, value, rtol=1e-5)
     assert zs.advance((1.0, 2.0), 3.0, (10, 100), 1000, 2) == (6210.0, 1.0)
-    assert issubclass(zs.ZeroSNet, models.nets.Net)
+    assert zs.ZEROSNETS == {"zerosnet": zs.ZeroSNet} and issubclass(zs.ZeroSNet, models.nets.Net)
 
 
 @pytest.mark.parametrize(
