@@ -2,7 +2,7 @@
 
 What lives here: meshes, the executors of `compile_step`, the four functions through which a step talks to the other
 shards (`psum`, `pmean_weighted`, `axis_index`, `varying`), padding, and placing batches in one process or many. What
-does not: any training step, sharded parameters (the state is the same on all devices), data loading.
+does not: any training step, data loading. A state is whole on every device unless a `Layout` (`fsdp`) splits it.
 
 The rules that make the answer the same in every executor:
 
@@ -21,6 +21,7 @@ The rules that make the answer the same in every executor:
 
 import contextlib
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.extend import core as jex
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -41,6 +43,10 @@ AxisName = str | tuple[str, ...] | None
 
 Step = Callable[..., tuple[PyTree, PyTree]]
 """`step(state, batch, *, axis_name=None) -> (state, metrics)`, pure, for the rows of one shard."""
+
+
+Layout = Callable[[tuple[int, ...], Mesh], PartitionSpec]
+"""How a leaf of a state lies on a mesh, from its shape; `fsdp` makes one."""
 
 
 class Axis(str):
@@ -192,7 +198,7 @@ def make_mesh(
 
 
 def distributed(spec: str) -> bool:
-    """Join the processes of a run. Called by the command line before any array is made, by nothing else.
+    """Join the processes of a run, once. Called by the command line before any array is made, by nothing else.
 
     Args:
       spec: `'off'`; `'auto'` where the cluster tells (Cloud TPU, Slurm, Open MPI, Kubernetes); or `'address:port,n,i'`:
@@ -206,8 +212,10 @@ def distributed(spec: str) -> bool:
     """
     if spec == "off":
         return False
+    joined = jax.distributed.is_initialized()
     if spec == "auto":
-        jax.distributed.initialize()
+        if not joined:
+            jax.distributed.initialize()
         return True
     parts = [part.strip() for part in spec.split(",")]
     whole = len(parts) == 3 and ":" in parts[0] and parts[1].isdigit() and parts[2].isdigit()
@@ -216,7 +224,8 @@ def distributed(spec: str) -> bool:
             f"distributed must be 'auto', 'off' or 'address:port,n,i' with process i in [0, n); got {spec!r}. "
             "For example '127.0.0.1:1234,2,0' and '127.0.0.1:1234,2,1'."
         )
-    jax.distributed.initialize(parts[0], int(parts[1]), int(parts[2]))
+    if not joined:
+        jax.distributed.initialize(parts[0], int(parts[1]), int(parts[2]))
     return True
 
 
@@ -296,6 +305,63 @@ def global_batch(batch: PyTree, mesh: Mesh | None, data_axes: tuple[str, ...] = 
     return jax.tree.map(place, batch)
 
 
+def _everywhere(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    return PartitionSpec()
+
+
+def fsdp(axis: str = "data", least: int = 2**14) -> Layout:
+    """Lay a state out so that every device keeps a share of each large leaf: for networks that do not fit.
+
+    A leaf is split along its longest axis among those that the mesh axis divides; the compiler gathers it where a step
+    uses it, and sums gradients straight into the shares. Averages and momenta are split like their parameters.
+
+    Args:
+      axis: the mesh axis that shares leaves, usually the one that shares rows.
+      least: leaves of fewer elements, and those that no axis divides, stay whole on every device.
+
+    Returns:
+      What `compile_step` takes as `layout`.
+
+    References:
+      Rajbhandari et al. 2020, ZeRO: Memory optimizations toward training trillion parameter models, arXiv:1910.02054
+      (stage 3); Xu et al. 2020, Automatic cross-replica sharding of weight update, arXiv:2004.13336.
+    """
+
+    def layout(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+        parts = mesh.shape[axis]
+        fits = [i for i, size in enumerate(shape) if size % parts == 0 and size >= parts]
+        if math.prod(shape) < least or not fits:
+            return PartitionSpec()
+        longest = max(fits, key=lambda i: shape[i])
+        return PartitionSpec(*(axis if i == longest else None for i in range(len(shape))))
+
+    return layout
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
+def _put(tree: PyTree, mesh: Mesh, layout: Layout = _everywhere) -> PyTree:
+    """Place arrays that are global already, or of which every process holds all."""
+
+    def sharding(leaf):
+        return NamedSharding(mesh, PartitionSpec() if _is_key(leaf) else layout(np.shape(leaf), mesh))
+
+    if jax.process_count() == 1:
+        return jax.device_put(tree, jax.tree.map(sharding, tree))
+
+    def place(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding(leaf))
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(place(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, sharding(leaf), lambda index: value[index])
+
+    return jax.tree.map(place, tree)
+
+
 def replicate(tree: PyTree, mesh: Mesh | None = None) -> PyTree:
     """Copy a tree to every device of a mesh; no two leaves of the copy, and no leaf of the original, share memory.
 
@@ -307,7 +373,99 @@ def replicate(tree: PyTree, mesh: Mesh | None = None) -> PyTree:
       The copy.
     """
     copy = jax.tree.map(jnp.copy, tree)  # device_put alone would share the buffer of the device it came from
-    return copy if mesh is None else jax.device_put(copy, NamedSharding(mesh, PartitionSpec()))
+    return copy if mesh is None else _put(copy, mesh)
+
+
+# ----------------------------------------------------------------------------------------------- several processes
+
+
+def whole(tree: PyTree) -> PyTree:
+    """Fetch a tree, also where no process holds all of it. Every process must call it.
+
+    Args:
+      tree: arrays, no typed keys.
+
+    Returns:
+      The values as numpy arrays, the same in every process.
+    """
+
+    def leaf(a):
+        split = isinstance(a, jax.Array) and not (a.is_fully_addressable or a.is_fully_replicated)
+        return np.asarray(multihost_utils.process_allgather(a, tiled=True) if split else a)
+
+    return jax.tree.map(leaf, tree)
+
+
+PATIENCE = 7 * 24 * 3600
+"""Seconds that a process waits for the others; one that is gone is noticed sooner, by its heartbeat."""
+
+_meetings = itertools.count()
+
+
+def _meet() -> None:
+    """Wait until every process has come here: collectives on CPU give up on one that is half a minute late."""
+    from jax._src import distributed as service  # jax has no public door to the service's barriers
+
+    client: Any = service.global_state.client
+    client.wait_at_barrier(f"jaxadv/{next(_meetings)}", PATIENCE * 1000)
+
+
+def exchange(payload: bytes) -> list[bytes]:
+    """Give every process the bytes of all processes. Every process must call it.
+
+    Args:
+      payload: of this process, of any length below 2 GiB.
+
+    Returns:
+      The payloads in the order of processes.
+    """
+    if jax.process_count() == 1:
+        return [payload]
+    _meet()
+    sizes = np.ravel(multihost_utils.process_allgather(np.asarray([len(payload)], np.int32)))
+    mine = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    mine[: len(payload)] = np.frombuffer(payload, np.uint8)
+    every = multihost_utils.process_allgather(mine)
+    return [row[:size].tobytes() for row, size in zip(every, sizes)]
+
+
+def agree(mine: bool) -> bool:
+    """Tell whether something holds in every process. Every process must call it.
+
+    Args:
+      mine: whether it holds in this one.
+
+    Returns:
+      Whether it holds in all.
+    """
+    return b"" not in exchange(b"1" if mine else b"")
+
+
+def preempted(step: int) -> bool:
+    """Tell, the same to every process at the same step, that one of them was asked to end (SIGTERM).
+
+    Args:
+      step: number of the step that was just done; every process asks after every step.
+
+    Returns:
+      True at the step at which all processes should save; always False where there is only one.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def local(mesh: Mesh | None) -> Mesh | None:
+    """Return the part of a mesh of one axis that belongs to this process.
+
+    Args:
+      mesh: the mesh, or None.
+
+    Returns:
+      A mesh of the devices of this process, in their order; None for None.
+    """
+    if mesh is None or jax.process_count() == 1:
+        return mesh
+    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return Mesh(np.asarray(mine), mesh.axis_names)
 
 
 # --------------------------------------------------------------------------------------------------------- executors
@@ -328,18 +486,25 @@ def _one_device() -> Mesh:
 
 
 def _jit(
-    step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...], kind=AxisType.Auto
-):
+    step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...],
+    kind: AxisType = AxisType.Auto, layout: Layout | None = None,
+):  # fmt: skip
     """The compiler splits the step; it sees the whole batch."""
-
-    def whole(state, batch):
-        return step(state, batch, axis_name=None)
-
     if mesh is None:
-        return jax.jit(whole, donate_argnums=donated), None, lambda batch: batch
+        return jax.jit(functools.partial(step, axis_name=None), donate_argnums=donated), None, lambda batch: batch
     mesh = _typed(mesh, kind)
     same, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(axes))
-    run = jax.jit(whole, donate_argnums=donated, in_shardings=(same, split), out_shardings=(same, same))
+
+    def keep(a):
+        laid = layout or _everywhere
+        return a if _is_key(a) else lax.with_sharding_constraint(a, NamedSharding(mesh, laid(np.shape(a), mesh)))
+
+    def run(state, batch):
+        state, metrics = step(state, batch, axis_name=None)
+        return state if layout is None else jax.tree.map(keep, state), metrics
+
+    whole_state = same if layout is None else None  # None: as it comes, and as it was made
+    run = jax.jit(run, donate_argnums=donated, in_shardings=(whole_state, split), out_shardings=(whole_state, same))
     return (run if count == 1 else _guarded(run)), mesh, lambda batch: global_batch(batch, mesh, axes)
 
 
@@ -411,12 +576,14 @@ def _explicit(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, 
     """
     axes = axes if mesh is not None else ("data",)
 
+    auto: Any = jax.sharding.auto_axes
+
     def typed(state, batch, *, axis_name=None):
-        inside = functools.partial(step, axis_name=axis_name)
-        return jax.sharding.auto_axes(inside, out_sharding=PartitionSpec())(state, batch)
+        return auto(functools.partial(step, axis_name=axis_name), out_sharding=PartitionSpec())(state, batch)
 
     run, mesh, place = _jit(typed, mesh or _one_device(), axes, count, donated, AxisType.Explicit)
-    return _Within(run, lambda state, batch: jax.sharding.set_mesh(mesh)), mesh, place
+    typed_mesh: Any = jax.set_mesh
+    return _Within(run, lambda state, batch: typed_mesh(mesh)), mesh, place
 
 
 def _shard_map(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...]):
@@ -477,9 +644,11 @@ HOW: dict[str, Callable] = {
 class Executor:
     """A step compiled for an executor: what `compile_step` returns."""
 
-    def __init__(self, run: Any, mesh: Mesh | None, place: Callable, count: int, donate: bool):
-        self._run, self._place, self._count, self._donate = run, place, count, donate
-        self.mesh = mesh
+    def __init__(
+        self, run: Any, mesh: Mesh | None, spread: Callable, count: int, donate: bool, layout: Layout = _everywhere
+    ):
+        self._run, self._spread, self._count, self._donate = run, spread, count, donate
+        self.mesh, self.layout = mesh, layout
         self._ours: list[weakref.ref] = []  # the leaves returned by the last call
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
@@ -502,6 +671,17 @@ class Executor:
         """
         return self._run.lower(*self._placed(state, batch))
 
+    def place(self, state: PyTree) -> PyTree:
+        """Place a state on the devices as the step will return it, e.g. as the pattern of a checkpoint to be read.
+
+        Args:
+          state: arrays that every process holds whole.
+
+        Returns:
+          The same values.
+        """
+        return state if self.mesh is None else _put(state, self.mesh, self.layout)
+
     def _placed(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         rows = _rows(batch) if self.mesh is None else _total_rows(batch)
         if rows % self._count:
@@ -509,11 +689,7 @@ class Executor:
                 f"the rows of a batch must divide equally among the {self._count} devices; got {rows} rows. "
                 f"Pad with parallel.pad_batch(batch, {self._count})."
             )
-        if self._donate:
-            state = self._owned(state)
-        elif self.mesh is not None:
-            state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
-        return state, self._place(batch)
+        return (self._owned(state) if self._donate else self.place(state)), self._spread(batch)
 
     def _owned(self, state: PyTree) -> PyTree:
         """The state in memory that may be given away: what we returned ourselves, and copies of all else."""
@@ -522,7 +698,7 @@ class Executor:
         def leaf(a):
             keep = id(a) in mine and id(a) not in seen
             seen.add(id(a))
-            return a if keep else replicate(a, self.mesh)
+            return a if keep else self.place(jnp.copy(a))
 
         return jax.tree.map(leaf, state)
 
@@ -535,6 +711,7 @@ def compile_step(
     data_axes: tuple[str, ...] = ("data",),
     donate: bool = True,
     devices: int | None = None,
+    layout: Layout | None = None,
 ) -> Executor:
     """Compile a step for an executor. The answer is the same for all of them and for any number of devices.
 
@@ -565,11 +742,12 @@ def compile_step(
       data_axes: mesh axes that share the rows of the batch; other axes of the mesh hold copies.
       donate: whether the state's memory is reused.
       devices: number of fake devices of `'vmap'`; None takes as many as the mesh has.
+      layout: how the leaves of the state lie on the devices, under `'jit'` only; None keeps all of it on every device.
 
     Returns:
       An `Executor`, `callable(state, batch) -> (state, metrics)`: batch is a pytree of `[b, ...]` arrays with all rows
       (with several processes: the rows of this one, or global arrays); the state comes out without a device axis, the
-      same on every device.
+      same on every device, or laid out by `layout`.
 
     Raises:
       ValueError: on an unknown executor or mesh axis; when called, on a batch that the devices cannot share equally.
@@ -587,9 +765,18 @@ def compile_step(
                 f"devices must be None unless how='vmap'; got {devices} with how={how!r}. "
                 f"Real devices come from mesh=parallel.make_mesh({devices})."
             )
+    if layout is not None and (how != "jit" or mesh is None):
+        raise ValueError(
+            f"layout must be None unless how='jit' with a mesh; got how={how!r} and mesh={mesh}. The other executors "
+            "keep the whole state on every device."
+        )
     count = devices or _shards(mesh, data_axes, how)
-    run, mesh, place = build(step, mesh, data_axes, count, (0,) if donate else ())
-    return Executor(run, mesh, place, count, donate)
+    donated = (0,) if donate else ()
+    if layout is not None:
+        run, mesh, spread = _jit(step, mesh, data_axes, count, donated, layout=layout)
+        return Executor(run, mesh, spread, count, donate, layout)
+    run, mesh, spread = build(step, mesh, data_axes, count, donated)
+    return Executor(run, mesh, spread, count, donate)
 
 
 def _shards(mesh: Mesh | None, axes: tuple[str, ...], how: str) -> int:

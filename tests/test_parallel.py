@@ -206,6 +206,42 @@ def test_the_executors_say_what_they_are():
     assert isinstance(seen["axis"], parallel.Axis) and seen["rows"] == 4 and not seen["axis"].checked
 
 
+def test_large_leaves_may_lie_in_shares_on_the_devices(by_hand):
+    """Iterates as with the whole state on every device; parameters and momenta are kept in eighths."""
+    run = parallel.compile_step(make_step("mlp"), mesh=parallel.make_mesh(4), layout=parallel.fsdp(least=200))
+    state, batch = run.place(start("mlp")), problem()
+    for want, _ in by_hand["mlp"]:
+        assert state[0]["inner"].addressable_shards[0].data.shape == (9, 7)  # 36 x 7; 7 x 3 is too small
+        assert state[0]["outer"].sharding.is_fully_replicated
+        state, _ = run(state, batch)
+        chex.assert_trees_all_close(parallel.whole(state), want, atol=1e-5, rtol=0)
+    momentum = next(leaf for leaf in jax.tree.leaves(state[1]) if leaf.shape == (36, 7))
+    assert momentum.addressable_shards[0].data.shape == (9, 7)
+    held = run.lower(state, batch).compile().memory_analysis().argument_size_in_bytes
+    all_of_it = executor(make_step("mlp"), "jit", 4).lower(start("mlp"), batch).compile().memory_analysis()
+    assert all_of_it.argument_size_in_bytes - held == 2 * 3 / 4 * 36 * 7 * 4
+
+
+def test_a_layout_splits_the_longest_axis_that_divides():
+    mesh = parallel.make_mesh(axes={"data": 2, "model": 4})
+    layout = parallel.fsdp("model", least=8)
+    assert layout((12, 16, 3), mesh) == PartitionSpec(None, "model", None)
+    assert layout((12, 17), mesh) == PartitionSpec("model", None)
+    assert layout((4,), mesh) == layout((9, 11), mesh) == layout((), mesh) == PartitionSpec()
+    for how, where in (("shard_map", mesh), ("jit", None)):
+        with pytest.raises(ValueError, match="layout must be None unless how='jit' with a mesh"):
+            parallel.compile_step(make_step("mlp"), how=how, mesh=where, layout=layout)
+
+
+def test_the_talk_between_processes_is_short_where_there_is_one():
+    mesh = parallel.make_mesh(4)
+    assert parallel.exchange(b"some") == [b"some"] and parallel.agree(True) and not parallel.agree(False)
+    assert not parallel.preempted(3)
+    assert parallel.local(mesh) is mesh and parallel.local(None) is None
+    spread = parallel.global_batch({"a": np.arange(8.0)}, mesh)
+    np.testing.assert_array_equal(parallel.whole(spread)["a"], np.arange(8.0))
+
+
 def test_a_step_may_open_the_typed_shardings():
     split, seen = PartitionSpec("data"), []
 

@@ -1,4 +1,4 @@
-"""`jaxadv demo | train | evaluate | attack | report | verify-report | privacy | list | claims | bench`.
+"""`jaxadv demo | train | evaluate | attack | report | verify-report | privacy | list | data | claims | bench`.
 
 What lives here: `main`, which parses, sets jax up, runs a command, and turns what went wrong into one paragraph and
 an exit code. This room is the only place that prints, reads the environment or touches `jax.config`. Commands are
@@ -10,7 +10,8 @@ imported when they run, so that `jaxadv --help` loads no jax.
 | 1 | the evaluation has a red flag of severity error; the report is written |
 | 2 | bad usage or input; one paragraph on standard error says what to change |
 | 3 | a bug of jaxadv; the traceback is shown |
-| 130 | interrupted; training says how to resume |
+| 4 | another process of the run was lost; start all of them again with --resume |
+| 130 | interrupted; training says how to resume. SIGTERM saves and exits with 0 |
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxadv.cli.configs import COMMANDS as COMMANDS
 from jaxadv.cli.configs import Common, Machine
-from jaxadv.cli.errors import INTERNAL, INTERRUPTED, OK, USAGE, Stopped, UsageError
+from jaxadv.cli.errors import INTERNAL, INTERRUPTED, LOST, OK, USAGE, Stopped, UsageError
 from jaxadv.cli.parsing import parse, to_yaml
 
 _HOME = {"demo": "training", "train": "training", "privacy": "privacy"}
@@ -58,12 +59,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted before the end; no report was written.", INTERRUPTED)
     except Stopped as stop:
-        return _complain(str(stop), INTERRUPTED, prefix="")
+        return _complain(str(stop), stop.code, prefix="")
     except BrokenPipeError:  # the reader of a pipe has gone: jaxadv list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except Exception as error:
+        if _lost(error):
+            _complain(
+                f"another process of this run ended or cannot be reached ({' '.join(str(error).split())[:200]}). What "
+                "was saved is intact: start all processes again with the same command and --resume.",
+                LOST,
+            )
+            os._exit(LOST)  # the usual way out waits for the process that is gone
         return _explain(error, wants_traceback)
+
+
+def _lost(error: BaseException | None) -> bool:
+    """Whether an error comes from the talk between processes; they are followed to their causes."""
+    if error is None:
+        return False
+    import jax
+
+    words = ("Gloo", "Connection closed by peer", "coordination service", "NCCL", "DEADLINE_EXCEEDED", "UNAVAILABLE")
+    found = isinstance(error, (jax.errors.JaxRuntimeError, RuntimeError)) and any(w in str(error) for w in words)
+    return jax.distributed.is_initialized() and (found or _lost(error.__cause__))
 
 
 def _run(command: str, config: Common) -> int:
@@ -111,8 +130,15 @@ def _machine(config: Common) -> Iterator[None]:
         return
     import jax
 
-    if config.devices is not None:
-        _force_devices(config.devices)
+    from jaxadv import parallel
+    from jaxadv.cli import progress
+
+    _, *known = config.distributed.split(",")  # ADDRESS,N,I
+    if config.devices is not None and config.distributed != "auto":
+        _force_devices(config.devices, int(known[0]) if known and known[0].strip().isdigit() else 1)
+    progress.mute(parallel.distributed(config.distributed) and jax.process_index() > 0)
+    if config.devices is not None and len(jax.devices()) < config.devices:
+        raise UsageError(f"--devices must be at most the {len(jax.devices())} that jax sees; got {config.devices}.")
     cache = config.cache or os.environ.get("JAXADV_CACHE")
     if not cache:
         yield
@@ -125,14 +151,15 @@ def _machine(config: Common) -> Iterator[None]:
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-def _force_devices(count: int) -> None:
-    """See to it that there are so many devices."""
+def _force_devices(count: int, processes: int = 1) -> None:
+    """Split the CPU into as many devices as this process needs."""
     import jax
 
     if count < 1:
         raise UsageError(f"--devices must be at least 1; got {count}.")
+    processes = max(processes, 1)
+    if count % processes:
+        raise UsageError(f"--devices must be a multiple of the {processes} processes; got {count}.")
     with contextlib.suppress(RuntimeError):  # a backend exists already: use what it has
-        if count > getattr(jax.config, "jax_num_cpu_devices"):  # noqa: B009 (declared at run time)
-            jax.config.update("jax_num_cpu_devices", count)
-    if len(jax.devices()) < count:
-        raise UsageError(f"--devices must be at most the {len(jax.devices())} devices that jax sees; got {count}.")
+        if count // processes > getattr(jax.config, "jax_num_cpu_devices"):  # noqa: B009 (declared at run time)
+            jax.config.update("jax_num_cpu_devices", count // processes)

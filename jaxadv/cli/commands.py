@@ -1,4 +1,4 @@
-"""The commands that measure and show: `evaluate`, `attack`, `report`, `verify-report`, `list`, `claims`, `bench`.
+"""Commands that measure and show: `evaluate`, `attack`, `report`, `verify-report`, `list`, `claims`, `bench`, `data`.
 
 What lives here: from a configuration to calls of the rooms, and what is printed about the answer. What does not:
 training (`training.py`), loading models and data (`sources.py`), any measuring (room `evaluate`).
@@ -199,6 +199,8 @@ def run_evaluate(config: configs.Evaluate) -> int:
         raise Stopped(
             f"interrupted; what was finished is in {config.out}. Go on with the same command and --resume."
         ) from None
+    if not files.lead():  # every process has the same report
+        return exit_code(report)
     where = {"model": config.model, "name": report.models[0].name}
     atomic_write(config.out / EVALUATION, lambda file: file.write((json.dumps(where, indent=2) + "\n").encode()))
     report.save(config.out)
@@ -256,8 +258,8 @@ def _card(config: configs.Evaluate, model: Any, source: data_room.Source) -> Non
 
 
 def _mesh(devices: int | None) -> Any:
-    """A mesh over so many devices; None for one."""
-    if devices is None or devices == 1:
+    """A mesh over so many devices, or over those of all processes; None for one."""
+    if jax.process_count() == 1 and (devices is None or devices == 1):
         return None
     return jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ("data",))
 
@@ -285,6 +287,8 @@ def run_attack(config: configs.Attack) -> int:
     Raises:
       UsageError: on arguments that cannot be used.
     """
+    if jax.process_count() > 1:
+        raise UsageError("--distributed must be 'off' for attack, which runs in one process. Use evaluate --attacks.")
     builder = check.choice("attack", config.attack, ATTACKS)
     loaded, source, targets = _inputs(config)
     given = () if config.eps is None else (config.eps,)
@@ -596,6 +600,25 @@ def run_list(config: configs.List) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- claims and bench
+
+
+def run_data(config: configs.Data) -> int:
+    """Make an array_record set of raw files.
+
+    Args:
+      config: the arguments.
+
+    Returns:
+      The exit code.
+    """
+    folder = data_room.prepare(config.raw, config.name, config.out, size=config.size)
+    for split in ("train", "validation", "test"):
+        if list(folder.glob(f"{config.name}-{split}.*")):
+            made = data_room.tfds_source(folder, "train+validation" if split == "train" else split)
+            say(f"{split}: {len(made)} examples of shape {made.shape} in {made.classes} classes.")
+    out = shlex.quote(str(config.out))
+    say(f"{folder}: use it with --data tfds:{config.name} --data-root {out}")
+    return OK
 
 
 def run_claims(config: configs.Claims) -> int:

@@ -49,7 +49,13 @@ class Machine(Common):
     """Folder of real data (holds mnist/, cifar10_jpeg/, ...); overrides the environment variable JAXADV_DATA."""
 
     devices: int | None = None
-    """Use this many devices; on a machine without accelerators the CPU is split into so many."""
+    """Use this many devices, of all processes together; on a machine without accelerators the CPU is split into so
+    many."""
+
+    distributed: str = "off"
+    """How several processes find each other: 'off'; 'auto' where the cluster tells (Cloud TPU, Slurm, Open MPI,
+    Kubernetes); or ADDRESS:PORT,N,I: the coordinator, how many there are, and which this one is, from 0. All run the
+    same command; the first one writes and prints."""
 
     cache: Path | None = None
     """Folder in which compiled programs are kept for the next run; default the environment variable JAXADV_CACHE, else
@@ -124,8 +130,11 @@ class Train(Machine):
     precision: Literal["float32", "bfloat16"] | None = None
     """Precision inside the network, weights stay float32; default that of the recipe."""
 
+    fsdp: bool = False
+    """Keep a share of each large parameter on every device instead of all of it, for networks that do not fit."""
+
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint, with its stored arguments."""
+    """Continue the run in --out from its newest checkpoint that can be read, with its stored arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +355,26 @@ class Claims(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Data(Common):
+    """Make an array_record set of raw files: IDX, .npz, CIFAR binaries, or folders train/CLASS/FILE of images."""
+
+    action: tyro.conf.Positional[Literal["prepare"]]
+    """prepare: write the set; --data tfds:NAME with --data-root reads it."""
+
+    raw: tyro.conf.Positional[Path]
+    """Folder of the raw files."""
+
+    name: str
+    """Name of the set: lower-case letters, digits, underscores."""
+
+    out: Path
+    """Folder of prepared sets; the set lies in OUT/NAME."""
+
+    size: int | None = None
+    """Side that images of a folder are brought to: the shorter side is scaled, the middle is cut out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench(Common):
     """List or run the speed comparisons (needs a source checkout)."""
 
@@ -368,6 +397,7 @@ COMMANDS: dict[str, type[Common]] = {
     "verify-report": VerifyReport,
     "privacy": Privacy,
     "list": List,
+    "data": Data,
     "claims": Claims,
     "bench": Bench,
 }

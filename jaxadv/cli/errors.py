@@ -3,8 +3,9 @@
 What lives here: the two exceptions and the exit codes. What does not: their display (`__init__.py`).
 """
 
-OK, FLAGGED, USAGE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes: fine; a red flag of severity error (the report is written); bad usage or input; a bug of ours; Ctrl-C."""
+OK, FLAGGED, USAGE, INTERNAL, LOST, INTERRUPTED = 0, 1, 2, 3, 4, 130
+"""Exit codes: fine; a red flag of severity error (the report is written); bad usage or input; a bug of ours; another
+process of the run was lost; Ctrl-C."""
 
 
 class UsageError(Exception):
@@ -12,4 +13,8 @@ class UsageError(Exception):
 
 
 class Stopped(Exception):
-    """The user interrupted; the message says what was saved and how to go on."""
+    """The user interrupted, or the scheduler did; the message says what was saved and how to go on."""
+
+    def __init__(self, message: str, code: int = INTERRUPTED):
+        super().__init__(message)
+        self.code = code

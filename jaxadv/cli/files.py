@@ -25,6 +25,11 @@ RUN_SCHEMA = "jaxadv.run/1"
 """Name and version of a run's config.json."""
 
 
+def lead() -> bool:
+    """Return whether this is the process that writes and prints: the only one, or the first of several."""
+    return jax.process_index() == 0
+
+
 def writable(folder: Path, option: str = "--out") -> None:
     """Make a folder and see that it can be written.
 
@@ -129,9 +134,11 @@ def write_run(folder: Path, command: str, config: Common, **more: Any) -> None:
         "device": {
             "kind": devices[0].device_kind,
             "platform": devices[0].platform,
-            "count": getattr(config, "devices", None) or 1,
+            "count": getattr(config, "devices", None) or (1 if jax.process_count() == 1 else len(devices)),
         },
         "git": revision(),
     } | more
+    if not lead():
+        return
     text = json.dumps(tree, indent=2) + "\n"
     atomic_write(folder / "config.json", lambda file: file.write(text.encode()))

@@ -31,7 +31,7 @@ ABOUT = """Attack, train and evaluate classifiers in JAX. Start with: jaxadv dem
 Exit codes: 0 fine, 1 the evaluation has a red flag of severity error, 2 bad usage or input, 3 a bug of jaxadv,
 130 interrupted."""
 
-_LOCAL = ("config", "print_config", "traceback")  # say how to run the program, not what to do
+_LOCAL = ("config", "print_config", "traceback", "distributed")  # say how to run the program, not what to do
 
 
 def fraction(text: str | float, name: str = "eps") -> float:

@@ -19,13 +19,27 @@ EVERY = 5.0
 """Seconds between two plain lines of one stage."""
 
 
+_muted = False
+
+
+def mute(quiet: bool) -> None:
+    """Say nothing more from here on, as all processes of a run but the first; errors are shown all the same.
+
+    Args:
+      quiet: False speaks again.
+    """
+    global _muted
+    _muted = quiet
+
+
 def say(text: str) -> None:
     """Print a result to standard output.
 
     Args:
       text: one or more lines.
     """
-    print(text, flush=True)
+    if not _muted:
+        print(text, flush=True)
 
 
 def note(text: str) -> None:
@@ -34,7 +48,8 @@ def note(text: str) -> None:
     Args:
       text: one or more lines.
     """
-    print(text, file=sys.stderr, flush=True)
+    if not _muted:
+        print(text, file=sys.stderr, flush=True)
 
 
 class _Console(Console):
@@ -53,6 +68,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
       columns: names of the columns.
       rows: their cells.
     """
+    if _muted:
+        return
     console = _Console(file=sys.stdout, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 160
@@ -97,7 +114,7 @@ class Progress:
           every: seconds between two plain lines of one stage.
         """
         self.console = Console(file=sys.stderr, highlight=False, markup=False)
-        self.terminal = self.console.is_terminal if terminal is None else terminal
+        self.terminal = (self.console.is_terminal if terminal is None else terminal) and not _muted
         self.every = every
         self.bars: Any = None
         self.tasks: dict[str, Any] = {}

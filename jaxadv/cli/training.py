@@ -23,7 +23,7 @@ from jaxadv import evaluate, models, parallel, train
 from jaxadv.cli import files, sources
 from jaxadv.cli.commands import exit_code, show_flags, show_models
 from jaxadv.cli.configs import Demo, Train
-from jaxadv.cli.errors import Stopped, UsageError
+from jaxadv.cli.errors import INTERRUPTED, OK, Stopped, UsageError
 from jaxadv.cli.parsing import fraction, plain
 from jaxadv.cli.privacy import secret_key, spent_words
 from jaxadv.cli.progress import Progress, note, say
@@ -81,6 +81,8 @@ class Log:
 
     def __call__(self, text: str) -> None:
         """Append a line."""
+        if not files.lead():
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
@@ -112,6 +114,9 @@ def follow(progress: Progress, stage: str, steps: int, log: Callable[[str], Any]
             f"{metrics['before']:.3f} to "
             log(f"{text}{metrics['robust']:.3f}; action: {metrics['action']}")
             note(f"{stage}: {text}{metrics['robust']:.3f}")
+        elif event == "skipped":
+            log(metrics["why"])
+            note(f"{stage}: {metrics['why']} Going on from step {step}.")
         elif event == "check" and metrics["collapsed"]:
             log(
                 f"step {step}: catastrophic overfitting: robust accuracy on training data fell to "
@@ -155,6 +160,7 @@ def run_train(config: Train) -> int:
         raise UsageError(
             f"--out must be a new or empty folder; got {config.out}, which holds {'a run' if begun else 'files'}. {fix}"
         )
+    parallel.agree(True)  # all have looked at --out before one of them writes there
     source = sources.load_data(name, "train", config.data_root)
     given["validation"] = sources.load_data(name, "validation", config.data_root)
     arguments, spec = _recipe(config.recipe, source, config.seed, given)
@@ -182,7 +188,11 @@ def run_train(config: Train) -> int:
         f"{resume_command(config.out)}"
     )
     arguments |= {"checkpoint": config.out, "resume": config.resume, "log_every": max(1, min(50, steps // 20))}
-    arguments |= {"how": config.how, "mesh": None if config.devices is None else parallel.make_mesh(config.devices)}
+    arguments |= {
+        "how": config.how,
+        "mesh": mesh_of(config.devices),
+        "layout": parallel.fsdp() if config.fsdp else None,
+    }
     began = time.perf_counter()
     try:
         with Progress() as progress:
@@ -194,7 +204,8 @@ def run_train(config: Train) -> int:
         log(f"interrupted at step {stop.step}, saved")
         raise Stopped(
             f"interrupted at step {stop.step} of {steps}; saved in {config.out}. Resume "
-            f"with:\n{resume_command(config.out)}"
+            f"with:\n{resume_command(config.out)}",
+            OK if stop.preempted else INTERRUPTED,
         ) from None
     except KeyboardInterrupt:
         log("interrupted")
@@ -210,7 +221,11 @@ def _finish(
 ) -> None:
     """Export the weights and say which they are."""
     weights = config.out / sources.WEIGHTS
-    models.save(weights, train.trained(arguments["trainable"], jax.device_get(state)), spec, nets=sources.NETS)
+    trained = train.trained(arguments["trainable"], state)
+    trained = trained._replace(params=parallel.whole(trained.params), state=parallel.whole(trained.state))
+    if not files.lead():
+        return
+    models.save(weights, trained, spec, nets=sources.NETS)
     step, best = int(state.step), arguments.get("keep", "last") == "best"
     which = (
         f"the best by robust accuracy on validation data, step {step}" if best else f"those of the last step, {step}"
@@ -230,6 +245,20 @@ def _finish(
         f"Measure it properly: jaxadv evaluate {shlex.quote(str(config.out))} --out "
         f"{shlex.quote(str(config.out / 'evaluation'))}"
     )
+
+
+def mesh_of(devices: int | None) -> Any:
+    """Return the devices to train on.
+
+    Args:
+      devices: how many, of all processes; None is one, or with several processes all.
+
+    Returns:
+      A mesh, or None for one device.
+    """
+    if devices is None:
+        return None if jax.process_count() == 1 else parallel.make_mesh()
+    return parallel.make_mesh(devices)
 
 
 def resume_command(out: Path) -> str:
@@ -285,6 +314,8 @@ def run_demo(config: Demo) -> int:
     Raises:
       UsageError: on arguments that cannot be used.
     """
+    if jax.process_count() > 1:
+        raise UsageError("--distributed must be 'off' for demo, which runs in one process. Use train and evaluate.")
     _positive(config)
     eps = fraction(config.eps)
     test = sources.load_data("digits", "test", None, config.n)

@@ -21,14 +21,17 @@ so other budgets and other weights reuse it.
 """
 
 import functools
+import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxadv import parallel
 from jaxadv.attacks.autoattack import fitting, transfer
 from jaxadv.core import Threat, check, example_keys
 from jaxadv.evaluate.findings import cost_of, diagnosed, entry_of
@@ -97,8 +100,25 @@ def _judged(work: Work, rows: np.ndarray, result: Any, threat: Threat) -> Outcom
 
 
 def _outcomes(work: Work, search: Search, queue: np.ndarray, threat: Threat) -> Iterator[Outcome]:
+    """What becomes of the rows of a pass: as they finish, or with several processes when all have finished."""
+    own = _own_outcomes(work, search, queue, threat)
+    return own if jax.process_count() == 1 else (Outcome(**block) for block in _everybody(o._asdict() for o in own))
+
+
+def _everybody(blocks: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """The blocks of all processes, each process's as one, in the order of processes."""
+    mine, file = list(blocks), io.BytesIO()
+    if mine:
+        np.savez(file, allow_pickle=False, **{name: np.concatenate([b[name] for b in mine]) for name in mine[0]})
+    for payload in parallel.exchange(file.getvalue()):
+        if payload:
+            with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+                yield dict(arrays)
+
+
+def _own_outcomes(work: Work, search: Search, queue: np.ndarray, threat: Threat) -> Iterator[Outcome]:
     """Give what the journal knows about a pass, then serve the other rows and note them there."""
-    rest = queue
+    rest = work.server.own(queue)
     for block in work.past(search.name):
         outcome = Outcome(**block)
         rest = rest[~np.isin(rest, outcome.row)]
@@ -165,8 +185,9 @@ def _certify(work: Work, threat: Threat, ledger: Ledger, place: int) -> None:
         return
     problem, name, n = work.problem, f"{place}/certificate", len(work.problem.x)
     rest = ledger.open()
-    for block in work.past(name):
-        ledger.by[block["row"][block["holds"]]] = CERTIFIED
+    found = [{"row": block["row"], "holds": block["holds"]} for block in work.past(name)]
+    rest = work.server.own(rest)
+    for block in found:
         rest = rest[~np.isin(rest, block["row"])]
     for rows, real in batches(rest, problem.batch):
         y = problem.y[rows]
@@ -179,8 +200,10 @@ def _certify(work: Work, threat: Threat, ledger: Ledger, place: int) -> None:
                 f"certificate must return bool [b], whether each example is certified; got {holds.dtype}"
                 f"{list(holds.shape)} for {len(y)} examples. Radii? Compare them with threat.eps."
             )
-        ledger.by[rows[holds]] = CERTIFIED
-        work.keep(name, row=rows, holds=holds)
+        found.append({"row": rows, "holds": holds})
+        work.keep(name, **found[-1])
+    for block in _everybody(found):
+        ledger.by[block["row"][block["holds"]]] = CERTIFIED
 
 
 def _run_noise(work: Work, number: int, threat: Threat, ledger: Ledger) -> Seen:
@@ -268,6 +291,7 @@ def _mark(work: Work, budgets: Sequence[float], predicted: np.ndarray, fingerpri
         "budgets": list(budgets),
         "targets": None if problem.target is None else digest(problem.target),
         "slots": [work.server.slots, work.server.devices, problem.batch],
+        "process": [jax.process_index(), jax.process_count()],
         "search": [precision for precision, _ in work.searches],
         "certificate": _settings_of(work.certificate),
         "versions": {**versions(), "device": jax.devices()[0].device_kind},
@@ -319,7 +343,9 @@ def evaluate(
       batch_size: rows of a forward pass outside the attacks.
       slots: rows of each device that are attacked at once; None chooses, see `slots`. Another number may change
         roundings.
-      mesh: a mesh of one axis; each of its devices drains a queue of its own. None is one device.
+      mesh: a mesh of one axis; each of its devices drains a queue of its own. None is one device. With several
+        processes it spans the devices of all, every process calls with the same arguments, attacks and judges its own
+        share of the examples, and returns the same report; `journal` then holds a folder for each.
       search_dtype: `"bfloat16"` lets the attacks follow the model in that precision; verdicts stay in float32. None is
         the model as it is.
       eps_curve: further budgets for the security curve.
@@ -397,7 +423,9 @@ def evaluate(
     entry_of_data = data_entry(data, problem, classes)
     if journal is not None:
         mark = _mark(work, budgets, predicted, entry_of_data["fingerprint"])
-        work.journal = Journal(journal, mark, resume=resume)
+        number = jax.process_index()  # every process keeps a journal of its own rows
+        folder = Path(journal) / f"process-{number}" if number else journal
+        work.journal = Journal(folder, mark, resume=resume)
         for block in work.past("slots"):
             server.slots = int(block["slots"])
     clean_seconds = time.perf_counter() - start

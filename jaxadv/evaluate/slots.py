@@ -9,6 +9,7 @@ what happens when memory runs out. What does not: the program itself (`core.serv
 | slots | `CPU_SLOTS`, or what fits into half of the memory of an accelerator, at most `MOST_SLOTS`; at most one a row |
 | out of memory | half the slots, and the rows that were in flight start anew |
 | several devices | row `i` lives on device `i % devices`; every device drains a queue of its own, none waits for rows |
+| several processes | each serves the rows of its own devices, which nobody else sees (`Server.own`); nothing is sent |
 | chunk | as many steps as take about `SECONDS`: results reach the host (and a journal) that often |
 
 A row's answer depends on its index and on the number of slots (through the shapes of batches: rounding), on nothing
@@ -26,6 +27,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxadv import parallel
 from jaxadv.core import Data, Result, advance_board, begin, block_of, canonical, check
 
 CPU_SLOTS = 64
@@ -128,6 +130,7 @@ class Server:
 
     Attributes:
       slots: slots of each device; halved when memory runs out.
+      rows: the row numbers that this process serves.
       work: row-steps that finished rows took (`needed`) and that slots did (`done`), steps, exchanges and dispatches.
     """
 
@@ -144,7 +147,7 @@ class Server:
           index: int `[n]` dataset indices; `arange(n)` by default.
           eps: `[n]` budgets for attacks that are functions of budgets, or None.
           slots: slots of each device; None chooses.
-          mesh: a mesh of one axis over the devices, or None for one device.
+          mesh: a mesh of one axis over the devices (of all processes), or None for one device.
           block: rows resident on each device at once; None chooses by size.
 
         Raises:
@@ -152,15 +155,20 @@ class Server:
         """
         if mesh is not None and len(mesh.axis_names) != 1:
             raise ValueError(f"mesh must have one axis; got {mesh.axis_names}. Pass jax.make_mesh((8,), ('data',)).")
-        self.model, self.mesh, self.n = model, mesh, len(x)
+        part = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
+        mesh = parallel.local(mesh)
+        self.model, self.mesh = model, mesh
         self.devices = 1 if mesh is None else mesh.size
+        self.rows = np.flatnonzero(np.arange(len(x)) // self.devices % part[1] == part[0])
+        self.n = len(self.rows)
         x = np.asarray(x)
         x = x if x.dtype == np.float64 else np.asarray(x, np.float32)
-        index = np.arange(self.n, dtype=np.int32) if index is None else np.asarray(index, np.int32)
+        index = np.arange(len(x), dtype=np.int32) if index is None else np.asarray(index, np.int32)
         eps = None if eps is None else np.asarray(eps, np.float32)
-        self.data = Data(x, jax.tree.map(np.asarray, y), index, eps)
+        every = Data(x, jax.tree.map(np.asarray, y), index, eps)
+        self.data = every if part[1] == 1 else jax.tree.map(lambda a: a[self.rows], every)
         first = None if mesh is None else mesh.devices.flat[0]
-        share = -(-self.n // self.devices)
+        share = max(-(-self.n // self.devices), 1)
         slots = slots_for(model, x, first) if slots is None else slots
         most = max(BLOCK_BYTES // max(x[:1].nbytes, 1), 1)
         block = min(_power(share), most) if block is None else block
@@ -170,6 +178,17 @@ class Server:
         self.placed: tuple[int, Any] = (-1, None)
         self.work = {"needed": 0, "done": 0, "steps": 0, "exchanges": 0, "dispatches": 0}
 
+    def own(self, rows: np.ndarray) -> np.ndarray:
+        """Return those of some rows that this process serves.
+
+        Args:
+          rows: int `[m]` row numbers.
+
+        Returns:
+          Row numbers, in their order.
+        """
+        return rows[np.isin(rows, self.rows)]
+
     def drain(
         self, attack: Any, key: Any, rows: Any = None, *, restart: int = 0, model: Any = None
     ) -> Iterator[tuple[np.ndarray, Result]]:
@@ -178,7 +197,7 @@ class Server:
         Args:
           attack: an attack, or a pytree that makes one of budgets `[b]`.
           key: a typed key.
-          rows: int `[m]` row numbers, worked on in this order; None is all.
+          rows: int `[m]` row numbers, worked on in this order; None is all. Rows of other processes are left out.
           restart: number of the restart.
           model: another model than the server's own, e.g. one of lower precision.
 
@@ -186,7 +205,7 @@ class Server:
           `(rows, result)`: numbers of rows as they finish, each once, in any order, with their results (numpy).
         """
         model = self.model if model is None else model
-        left = np.arange(self.n) if rows is None else np.asarray(rows)
+        left = np.arange(self.n) if rows is None else np.searchsorted(self.rows, self.own(np.asarray(rows)))
         size = self.block * self.devices
         for number in range(-(-self.n // size)):
             part = left[(left >= number * size) & (left < (number + 1) * size)]
@@ -194,7 +213,7 @@ class Server:
                 try:
                     for found, result in self._serve(attack, key, model, number, part, restart):
                         part = part[~np.isin(part, found)]
-                        yield found, result
+                        yield self.rows[found], result
                     break
                 except Exception as error:
                     if not exhausted(error) or self.slots == 1:

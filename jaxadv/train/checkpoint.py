@@ -5,7 +5,9 @@ that say what is lost and what is not. What does not: what a training state is (
 (`driver.py`).
 
 A checkpoint counts as soon as orbax has committed it; a write that was cut off is never seen again. Arrays are stored
-by their path in the nest with one checksum over all, so that damaged files are refused instead of trained on.
+by their path in the nest with one checksum over all, so that damaged files are refused instead of trained on (arrays
+that no process holds whole have none). Several processes write and read together; what is read lies as the pattern
+does, so another number of devices or processes may go on.
 """
 
 import zlib
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxadv import parallel
 from jaxadv.core import PyTree
 
 _KEPT = 2
@@ -183,27 +186,35 @@ class Checkpoints:
                 "Resume from one of these."
             )
         like = {name: _abstract(a) for name, a in flatten(tree).items()}
-        args = self._ocp.args
+        found, meta, wrong = None, None, None
         try:
-            meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
-            if meta["arrays"] != sorted(like):
-                raise ValueError(f"it holds other arrays: {_odd(meta['arrays'], like)}")
-            found = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(like)))["state"]
-            if meta["checksum"] is not None and checksum(found) not in (None, meta["checksum"]):
-                raise ValueError("its values do not match their checksum")
+            found, meta = self._read(step, like)
         except Exception as error:  # orbax and tensorstore raise many kinds
+            wrong = error
+        if not parallel.agree(wrong is None):
             good = [s for s in known if s < step]
             advice = (
                 f"resume from the one before with resume={good[-1]}"
                 if good
                 else "it is the only one: begin anew in another folder"
             )
+            words = "another process could not" if wrong is None else _first_line(wrong)
             raise CheckpointError(
-                f"the checkpoint of step {step} in {self.folder} must be whole; reading it failed: "
-                f"{_first_line(error)}. "
+                f"the checkpoint of step {step} in {self.folder} must be whole; reading it failed: {words}. "
                 f"Other checkpoints: {good or 'none'}; {advice}."
-            ) from error
-        return _unflatten(tree, found), meta["facts"]
+            ) from wrong
+        facts: Any = meta
+        return _unflatten(tree, found or {}), facts["facts"]
+
+    def _read(self, step: int, like: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        args = self._ocp.args
+        meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+        if meta["arrays"] != sorted(like):
+            raise ValueError(f"it holds other arrays: {_odd(meta['arrays'], like)}")
+        found = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(like)))["state"]
+        if meta["checksum"] is not None and checksum(found) not in (None, meta["checksum"]):
+            raise ValueError("its values do not match their checksum")
+        return found, meta
 
     def close(self) -> None:
         """Wait for the last write and let go of the folder.

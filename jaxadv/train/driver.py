@@ -42,11 +42,11 @@ KEEP = ("last", "best")
 
 
 class Interrupted(RuntimeError):
-    """Training was interrupted and saved; `step` and `folder` say where."""
+    """Training was interrupted and saved; `step` and `folder` say where, `preempted` whether by SIGTERM."""
 
-    def __init__(self, step: int, folder: Path):
+    def __init__(self, step: int, folder: Path, preempted: bool = False):
         super().__init__(f"training was interrupted at step {step} and saved in {folder}. Resume with resume=True.")
-        self.step, self.folder = step, folder
+        self.step, self.folder, self.preempted = step, folder, preempted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,7 @@ def fit(
     replays: int = 1,
     how: str = "jit",
     mesh: Any = None,
+    layout: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: int | None = None,
     resume: bool | int = False,
@@ -167,7 +168,8 @@ def fit(
         average; it needs a secret `key`, and all else in the folder is private data.
       replays: number of steps in a row that get the same minibatch; `steps` counts them all.
       how: executor, see `parallel.compile_step`.
-      mesh: the devices; None is one.
+      mesh: the devices, of all processes; None is one.
+      layout: how parameters and averages lie on the devices, e.g. `parallel.fsdp()`; None keeps all on each.
       checkpoint: folder for checkpoints and `metrics.jsonl`; None keeps nothing.
       save_every: steps between checkpoints; None makes ten in a run. A best one and the last are always saved.
       resume: True goes on from the newest checkpoint, if there is one; a number from the checkpoint of that step.
@@ -215,9 +217,9 @@ def fit(
     carry = None if carries is None else carries((batch_size, *data.shape))
     start = init(key, trainable, optimizer, ema=ema is not None, carry=carry)
     config = {} if checkpoint is None else _config(key, settings, data, start, objective, optimizer, parts)
-    compiled = parallel.compile_step(step, how=how, mesh=mesh)
+    compiled = parallel.compile_step(step, how=how, mesh=mesh, layout=layout)
     judges = {
-        a: parallel.compile_step(make_judge(trainable.apply, a), how=how, mesh=mesh, donate=False)
+        a: parallel.compile_step(make_judge(trainable.apply, a), how=how, mesh=mesh, donate=False, layout=layout)
         for a in _attacks(settings)
     }
     ledger = None if private is None else Ledger(private, steps, settings.save_every, program_of(how, mesh))
@@ -304,7 +306,7 @@ class _Loop:
 
     def __init__(self, key, settings: _Settings, data, compiled, judges, state: TrainState, ledger: Ledger | None):
         self.settings, self.data, self.compiled, self.judges = settings, data, compiled, judges
-        self.key, self.state, self.facts = key, state, _Facts()
+        self.key, self.state, self.facts = key, compiled.place(state), _Facts()
         self.ledger = ledger
         self.best_state: TrainState | None = None
         self.good: TrainState | None = None
@@ -318,7 +320,7 @@ class _Loop:
         if settings.collapse is not None:
             self.watched = _batches_of(data_room.evaluation_subset(data, min(settings.collapse.size, len(data))), size)
             self._mark_good()
-        self.stop_asked = False
+        self.stop_asked, self.preempted, self.skipped = False, False, []
         self.clock = time.perf_counter()
 
     # ----------------------------------------------------------------------------------------------------- beginning
@@ -385,18 +387,30 @@ class _Loop:
         elif jax.process_index() == 0:
             self._describe(described, config)
         step = 0
-        if resume is not True or known:
-            step = known[-1] if resume is True else resume
-            self._restore(step)
+        if resume is not True:
+            step = self._restore(resume)
+        elif known:
+            step = self._newest_whole(known)
         if self.ledger is not None:
             self.ledger.open(folder, step, known[-1] if known else 0)
         self._open_metrics(folder, step)
+        for number, why in self.skipped:
+            self._write({"step": step, "event": "skipped", "skipped": number, "why": why})
         return step
+
+    def _newest_whole(self, known: list[int]) -> int:
+        """Restore the newest checkpoint that can be read; those that cannot are noted and skipped."""
+        for step in reversed(known[1:]):
+            try:
+                return self._restore(step)
+            except CheckpointError as error:
+                self.skipped.append((step, str(error)))
+        return self._restore(known[0])
 
     def _open_metrics(self, folder: Path, step: int) -> None:
         self.metrics = record.Metrics(folder / "metrics.jsonl" if jax.process_index() == 0 else None, step)
 
-    def _restore(self, step: int) -> None:
+    def _restore(self, step: int) -> int:
         tree, facts = self.checkpoints.restore(self._tree(), step)
         self.state, self.good, self.facts = tree["state"], tree["good"], _Facts(**facts)
         self.checkpoints.drop_after(step)
@@ -405,6 +419,7 @@ class _Loop:
             self.checkpoints.best = int(best["step"])
             if self.settings.keep == "best":
                 self.best_state = self.state if best["step"] == step else self._best_of(int(best["step"]))
+        return step
 
     def _best_of(self, step: int) -> TrainState:
         return self.checkpoints.restore(self._tree(), step)[0]["state"]
@@ -422,9 +437,11 @@ class _Loop:
         def ask(number, frame):
             if self.stop_asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop_asked = True
+            self.stop_asked, self.preempted = True, number == signal.SIGTERM
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Several processes must stop at one step: there jax listens to SIGTERM, and `parallel.preempted` tells.
+        listened = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
+        before = {number: signal.signal(number, ask) for number in listened}
         try:
             yield
         finally:
@@ -453,11 +470,13 @@ class _Loop:
                 self.pending.append(metrics)
                 done += 1
                 self._after(done)
+                if self.checkpoints is not None and parallel.preempted(done):
+                    self.stop_asked = self.preempted = True
                 if self.stop_asked:
                     self._save(done)
                     self.checkpoints.wait()
                     folder: Any = given.checkpoint
-                    raise Interrupted(done, folder)
+                    raise Interrupted(done, folder, self.preempted)
 
     def _after(self, done: int) -> None:
         """Report, judge and save where it is time to."""

@@ -16,6 +16,7 @@ NEEDED = {
     "evaluate": {"model": "m"},
     "attack": {"model": "m"},
     "verify-report": {"report": Path("r")},
+    "data": {"action": "prepare", "raw": Path("raw"), "name": "small", "out": Path("sets")},
 }
 
 
@@ -42,10 +43,10 @@ def test_every_argument_has_a_help_text_and_a_type(command):
 def test_the_commands_share_their_bases():
     for command in ("demo", "train", "evaluate", "attack", "verify-report", "privacy"):
         assert issubclass(configs.COMMANDS[command], configs.Machine)
-    for command in ("report", "list", "claims", "bench"):
+    for command in ("report", "list", "data", "claims", "bench"):
         assert not issubclass(configs.COMMANDS[command], configs.Machine)
     names = {c.__name__ for c in configs.COMMANDS.values()} - {"Privacy"}
-    assert names == {"Demo", "Train", "Evaluate", "Attack", "Report", "VerifyReport", "List", "Claims", "Bench"}
+    assert names == {"Demo", "Train", "Evaluate", "Attack", "Report", "VerifyReport", "List", "Data", "Claims", "Bench"}
     assert all(issubclass(c, configs.Common) for c in configs.COMMANDS.values())
 
 

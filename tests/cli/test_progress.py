@@ -3,7 +3,7 @@
 import pytest
 
 from jaxadv.cli import progress as shown
-from jaxadv.cli.progress import Progress, clock, note, say, table
+from jaxadv.cli.progress import Progress, clock, mute, note, say, table
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,18 @@ def test_tables_show_every_cell_and_no_markup_is_read(capfd):
     out, err = capfd.readouterr()
     assert not err and "title" in out and "[b]x[/b]" in out and ("long " * 20).strip() in out
     assert any(line.rstrip(" │").endswith(" 1") for line in out.split("\n"))
+
+
+def test_all_processes_but_the_first_say_nothing(capsys):
+    mute(True)
+    try:
+        say("a result")
+        note("a remark")
+        table("a table", ("name",), [("row",)])
+        with Progress(terminal=False) as bar:
+            bar(1, 2, "stage")
+    finally:
+        mute(False)
+    assert capsys.readouterr() == ("", "")
+    say("a result")
+    assert capsys.readouterr().out == "a result\n"

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxadv import cli as cli_room
 from jaxadv import data, evaluate, models, train
 from jaxadv.cli import files, sources, training
 from jaxadv.cli.configs import Train
@@ -322,3 +323,29 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
     assert again.returncode == 130, err
     first, second = (int(step) for step in re.findall(r"interrupted at step (\d+)", (run / "train.log").read_text()))
     assert 0 < first < second and metrics.stat().st_size > size and f"interrupted at step {second} of 6000" in err
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def test_one_process_leads_and_trains_on_what_was_asked_for():
+    assert files.lead() and training.mesh_of(None) is None and training.mesh_of(2).size == 2
+
+
+def test_a_lost_process_is_told_from_a_bug(monkeypatch):
+    gone, bug = RuntimeError("INTERNAL: [Gloo] Connection closed by peer"), RuntimeError("list index out of range")
+    assert not cli_room._lost(gone)  # there is only this process
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    wrapped = ValueError("reading failed")
+    wrapped.__cause__ = gone
+    assert cli_room._lost(gone) and cli_room._lost(wrapped) and not cli_room._lost(bug)
+
+
+def test_words_about_processes_that_make_no_sense_are_refused(refused, tmp_path, monkeypatch):
+    words = ("train", "--recipe", "standard_digits", "--out", tmp_path / "run")
+    assert "distributed must be 'auto', 'off'" in refused(*words, "--distributed", "here")
+    assert "multiple of the 2 processes; got 3" in refused(*words, "--distributed", "a:1,2,0", "--devices", 3)
+    assert "layout must be None unless how='jit' with a mesh" in refused(*words, "--fsdp")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "demo, which runs in one process" in refused("demo", "--out", tmp_path / "demo")
+    assert "attack, which runs in one process" in refused("attack", "model")

@@ -207,16 +207,21 @@ def damage(folder, how):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's readers, when they fail
 @pytest.mark.parametrize("how", ["cut", "flip"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(kit, key, tmp_path, how):
+def test_a_damaged_checkpoint_is_named_and_skipped_and_the_one_before_serves(kit, key, tmp_path, how):
     with pytest.raises(Stop):
         train.fit(key, **arguments(kit, tmp_path / "a", callbacks=[stop_at(9)]))
     folder = tmp_path / "a" / "checkpoints"
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
     damage(folder / str(steps[-1]), how)
     with pytest.raises(train.CheckpointError, match=f"step {steps[-1]} in .*reading it failed.*resume={steps[-2]}"):
-        train.fit(key, **arguments(kit, tmp_path / "a", resume=True))
+        train.fit(key, **arguments(kit, tmp_path / "a", resume=steps[-1]))
     gc.collect()
-    resumed = train.fit(key, **arguments(kit, tmp_path / "a", resume=steps[-2]))
+    told: list = []
+    resumed = train.fit(
+        key, **arguments(kit, tmp_path / "a", resume=True, callbacks=[lambda step, state, line: told.append(line)])
+    )
+    assert told[0]["event"] == "skipped" and (told[0]["step"], told[0]["skipped"]) == (steps[-2], steps[-1])
+    assert "must be whole" in told[0]["why"]
     assert kit.same_bits(resumed, train.fit(key, **arguments(kit, tmp_path / "b")))
 
 
