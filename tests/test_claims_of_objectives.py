@@ -81,3 +81,16 @@ def test_the_verdict_on_ladder():
     assert ladder(20.0, 98.0)[0] == "holds in part" and ladder(50.0, 95.0)[0] == "holds in part"
     assert ladder(10.0, 98.0)[0] == "holds in part"  # against climbs alone
     assert ladder(10.0, 98.0, climbed=50.0)[0] == "does not hold here"
+
+
+def dpsgd(batch, views=1.0, plain=80.0):
+    lacking = {"large batch": batch, "views": views, "average": 1.0, "tight accountant": 1.0}
+    numbers = {f"without {name}: test %": 90.0 - gain for name, gain in lacking.items()}
+    numbers |= {"plain DP-SGD: test %": plain, "without privacy: test %": 98.0, "all ingredients: test %": 90.0}
+    return framework.load("dpsgd").verdict(measures(**numbers))
+
+
+def test_the_verdict_on_dpsgd():
+    word, why = dpsgd(2.0)
+    assert word == "holds" and "large batch +2.0" in why and "98.0 % without privacy" in why
+    assert dpsgd(-1.0)[0] == "holds in part" and dpsgd(2.0, plain=91.0)[0] == "does not hold here"

@@ -7,8 +7,11 @@ says (`plan.py` binds the two).
 Everything is plain Python in float64, outside of jit. Needs the extra `privacy`, and imports it when it is used.
 """
 
+import contextlib
 import functools
+import logging
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,11 +102,30 @@ def _accountant(accountant: str, relation: str) -> Any:
     return parts.rdp.RdpAccountant(_orders(), neighbors)
 
 
+class _Quiet(logging.Filter):
+    """Drops the accountant's words on orders that it leaves out, which only loosens the bound."""
+
+    def filter(self, record):
+        """Tell whether to show a line."""
+        return "failed to converge" not in str(record.msg)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    log, quiet = logging.getLogger("absl"), _Quiet()
+    log.addFilter(quiet)
+    try:
+        yield
+    finally:
+        log.removeFilter(quiet)
+
+
 def _composed(event: Any, steps: int, accountant: str, relation: str) -> Any:
     check.whole("steps", steps, least=0)
     made = _accountant(accountant, relation)
     try:
-        return made.compose(event, steps) if steps else made
+        with _quiet():
+            return made.compose(event, steps) if steps else made
     except library().privacy_accountant.UnsupportedEventError as error:
         raise ValueError(
             f"the accountant must know the mechanism; {accountant!r} with neighbors {relation!r} does not: "
@@ -226,8 +248,8 @@ def calibrate_noise(
     while keeps(low):
         high, low = low, low / step
     search = library().mechanism_calibration
-    return float(
-        search.calibrate_dp_mechanism(
+    with _quiet():
+        found = search.calibrate_dp_mechanism(
             lambda: _accountant(accountant, relation),
             lambda noise: library().dp_event.SelfComposedDpEvent(event(noise), steps),
             epsilon,
@@ -235,7 +257,7 @@ def calibrate_noise(
             search.ExplicitBracketInterval(low, high),
             tol=tolerance * low,
         )
-    )
+    return float(found)
 
 
 def calibrate_steps(

@@ -37,7 +37,7 @@ def _private(
         validation,
         overrides | {"batch_size": size, "steps": steps},
         lambda _: steps,
-        trainable=trainable(data),
+        trainable=overrides.get("trainable") or trainable(data),
         objective=lambda _: objectives.standard(),
         optimizer=lambda _: optax.sgd(lr),
         batch_size=size,
@@ -60,6 +60,7 @@ def dp_mnist(
     epochs: float | None = None,
     lr: float = 0.5,
     clip_norm: float = 0.1,
+    views: int = 1,
     net="cnn_small",
     devices: int = 1,
     validation=None,
@@ -81,6 +82,7 @@ def dp_mnist(
       epochs: expected passes over the training data; None is 20.
       lr: learning rate.
       clip_norm: bound of the gradient of an example.
+      views: copies of each example over which its loss is averaged; of use with `augment`.
       net: network, see `models.NETS`; without batch norm.
       devices: rows of a batch are a multiple of this.
       validation: see `standard_mnist`; held-out examples are not covered by the budget, and decide nothing.
@@ -103,6 +105,7 @@ def dp_mnist(
         spends=_spends(epsilon, delta, noise_multiplier, accountant, devices),
         threat=recipes._linf(eps, 0.3, data),
         lr=lr,
+        views=views,
         clip_norm=clip_norm,
     )
 

@@ -83,6 +83,11 @@ def test_epsilon_is_monotone():
     assert epsilon(few, 1e-5, steps=300, accountant="rdp", relation="replace_special") == rdp()
 
 
+def test_orders_that_are_left_out_are_not_announced(caplog):
+    spent = epsilon(gaussian_event(0.9, rate=0.16), 1e-5, steps=3, accountant="rdp")
+    assert spent > 0 and caplog.text == ""
+
+
 def test_replacing_one_example_by_another_costs_more():
     event = gaussian_event(3.0)
     assert epsilon(event, 1e-6, relation="replace_one") == pytest.approx(gaussian_epsilon(1.5, 1e-6), abs=1e-3)
