@@ -9,7 +9,12 @@ from jaxadv.privacy import accounting as accounting
 from jaxadv.privacy import audit as audit
 from jaxadv.privacy import noise as noise
 from jaxadv.privacy import sampling as sampling
+from jaxadv.privacy.clipping import AdaptiveBound as AdaptiveBound
+from jaxadv.privacy.clipping import Automatic as Automatic
+from jaxadv.privacy.clipping import Clipped as Clipped
 from jaxadv.privacy.clipping import clipped_grads as clipped_grads
+from jaxadv.privacy.clipping import mean_over_views as mean_over_views
+from jaxadv.privacy.methods import METHODS as METHODS
 from jaxadv.privacy.noise import NOISES as NOISES
 from jaxadv.privacy.noise import Gaussian as Gaussian
 from jaxadv.privacy.noise import add_noise as add_noise

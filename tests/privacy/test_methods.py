@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxadv.privacy.clipping import AdaptiveBound, Automatic, clipped_grads, mean_over_views
-from jaxadv.privacy.methods import METHODS, ClipPlan, LeafPlan, describe
+from jaxadv.privacy import METHODS, AdaptiveBound, Automatic, Clipped, clipped_grads, mean_over_views
+from jaxadv.privacy.clipping import RELATIONS
+from jaxadv.privacy.methods import ClipPlan, LeafPlan, Part, arrange, describe
+from jaxadv.privacy.uses import Graph, Use, trace
 
 ROWS = 6
 
@@ -344,7 +346,9 @@ def test_automatic_clipping_is_its_formula(method):
 
 
 def test_the_object_that_clips_states_its_sensitivity():
-    assert clipped_grads(quadratic, clip_norm=3.0).sensitivity("ADD_OR_REMOVE_ONE") == 3
+    clip = clipped_grads(quadratic, clip_norm=3.0)
+    assert isinstance(clip, Clipped) and [clip.sensitivity(name) for name in RELATIONS] == [3, 3, 6]
+    assert clip.sensitivity("ADD_OR_REMOVE_ONE") == 3
     assert clipped_grads(quadratic, clip_norm=3.0, rescale=True).sensitivity("replace_one") == 2
     assert clipped_grads(quadratic, clip_norm=np.inf).sensitivity() == np.inf
     assert jax.jit(lambda c: clipped_grads(quadratic, clip_norm=c).sensitivity("replace_one"))(1.5) == 3
@@ -354,6 +358,28 @@ def test_the_object_that_clips_states_its_sensitivity():
         clipped_grads(quadratic, clip_norm=1.0, method="gost")
     with pytest.raises(ValueError, match="microbatch must be a whole number"):
         clipped_grads(quadratic, clip_norm=1.0, microbatch=0)
+
+
+def test_the_cheaper_formula_is_taken():
+    def plan(positions, inputs, outputs, method="auto", **params):
+        params = {"w": jnp.ones((inputs, outputs)), **params}
+
+        def loss(p, x, key):
+            return jnp.sin(x @ p["w"]).sum()
+
+        rows = jnp.ones((2, positions, inputs))
+        graph = trace(loss, params, rows, None)
+        (part,) = arrange(graph, method)
+        (use,) = graph.uses[part.roots[0]]
+        assert isinstance(graph, Graph) and isinstance(use, Use) and isinstance(part, Part)
+        assert use.sizes() == (positions, inputs, outputs) == part[3:6]
+        return part.formula
+
+    assert plan(1, 30, 40) == plan(1, 30, 40, "mixed") == "gram"
+    assert plan(50, 30, 40) == plan(50, 30, 40, "mixed") == "rows"  # 2 T^2 > inputs x outputs, and rows are smaller
+    assert plan(10, 100, 100) == plan(10, 100, 100, "mixed") == "gram"
+    assert plan(60, 100, 100) == "rows" and plan(75, 100, 100, "mixed") == "rows"
+    assert plan(90, 10, 3000, "mixed") == "gram" and plan(130, 10, 3000, "mixed") == "rows"
 
 
 def test_a_loss_of_a_batch_is_refused():

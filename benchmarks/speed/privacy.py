@@ -1,0 +1,193 @@
+"""The price of privacy: a private step beside the same step without privacy, by method, and beside the peers.
+
+For each network: seconds of one SGD step with clipping and noise over seconds of the plain step, and the working memory
+of the compiled program over that of the plain one. Peers: jax-privacy on the same network and parameters; Opacus (hooks
+and ghost) on the same layers in PyTorch, over PyTorch's own plain step. A peer that is not installed is a printed line.
+
+Usage: python benchmarks/speed/privacy.py [--nets cnn_small wrn_16_4] [--methods auto] [--batch N] [--rounds 5]
+       [--microbatch 8] [--smoke]
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from jaxadv import models, privacy
+from jaxadv.privacy.methods import METHODS
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+
+# name: network, shape, options, batch
+NETS = {
+    "mlp": ("mlp", (28, 28, 1), {"widths": (1000, 1000)}, 256),
+    "cnn_small": ("cnn_small", (28, 28, 1), {}, 256),
+    "wrn_16_4": ("wide_resnet_private", (32, 32, 3), {}, 64),
+    "vit_tiny": ("vit", (32, 32, 3), {"width": 192, "depth": 6, "heads": 3}, 64),
+}
+SMOKE = {
+    "mlp": {"widths": (20,)},
+    "wrn_16_4": {"depth": 10, "width": 1},
+    "vit_tiny": {"width": 12, "depth": 1, "heads": 3},
+}
+BOUND, NOISE, RATE = 1.0, 1.0, 0.1
+
+
+def loss_of(net):
+    """The loss of one example, and the mean loss of a batch."""
+
+    def batched(params, batch):
+        logits, _ = net.apply(params, net.state, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+    def one(params, example, key=None):
+        return batched(params, jax.tree.map(lambda a: a[None], example))[0]
+
+    return one, lambda params, batch: batched(params, batch).mean()
+
+
+def steps(net, size: int, methods, microbatch):
+    """Name to step, `(params, batch, key) -> params`."""
+    one, mean = loss_of(net)
+
+    def move(params, grads):
+        return jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+
+    def noisy(params, sums, key):
+        flat, back = ravel_pytree(sums)  # one draw: a draw for each leaf takes seconds to compile
+        return move(params, back((flat + BOUND * NOISE * jax.random.normal(key, flat.shape)) / size))
+
+    made = {"plain": lambda params, batch, key: move(params, jax.grad(mean)(params, batch))}
+    for method in methods:
+        for rows in {None, microbatch}:
+            clip = privacy.clipped_grads(one, clip_norm=BOUND, method=method, microbatch=rows)
+            name = method if rows is None else f"{method}, {rows} at a time"
+            made[name] = lambda params, batch, key, clip=clip: noisy(params, clip(params, batch)[0], key)
+    if importlib.util.find_spec("jax_privacy"):
+        from jax_privacy import clipping
+
+        peer = clipping.clipped_grad(one, l2_clip_norm=BOUND, keep_batch_dim=False, microbatch_size=microbatch)
+        made["jax-privacy"] = lambda params, batch, key: noisy(params, peer(params, batch), key)
+    else:
+        print('jax-privacy is not installed: pip install "jaxadv[privacy]"')
+    return made
+
+
+def compiled(net, size: int, shape, methods, microbatch):
+    """Name to (blocking call, bytes that the program works in)."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "x": jnp.asarray(rng.uniform(size=(size, *shape)), jnp.float32),
+        "y": jnp.asarray(rng.integers(0, 10, size)),
+    }
+    calls, memory = {}, {}
+    for name, step in steps(net, size, methods, microbatch).items():
+        run = jax.jit(step).lower(net.params, batch, jax.random.key(0)).compile()
+        memory[name] = run.memory_analysis().temp_size_in_bytes
+        calls[name] = lambda run=run: jax.block_until_ready(run(net.params, batch, jax.random.key(1)))
+    return calls, memory
+
+
+def torch_net(name: str, options):
+    """The same layers in PyTorch, or None."""
+    from torch import nn
+
+    if name == "mlp":
+        sizes = [784, *options["widths"], 10]
+        layers: list = [nn.Flatten()]
+        for a, b in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+    if name == "cnn_small":
+        convs = [nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU()]
+        return nn.Sequential(*convs, nn.Flatten(), nn.Linear(32 * 49, 100), nn.ReLU(), nn.Linear(100, 10))
+    return None
+
+
+def opacus_calls(name: str, options, size: int):
+    """Blocking calls of PyTorch's plain step and Opacus's private ones."""
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("opacus")):
+        print("opacus is not installed: pip install opacus")
+        return {}
+    import torch
+    from opacus import PrivacyEngine
+
+    if torch_net(name, options) is None:
+        print(f"opacus: {name} has layers that it has no rules for")
+        return {}
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.uniform(size=(size, 1, 28, 28)), dtype=torch.float32)
+    y = torch.tensor(rng.integers(0, 10, size))
+
+    def call(mode):
+        net, loss = torch_net(name, options), torch.nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+        if mode:
+            loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=size)
+            private = PrivacyEngine().make_private(
+                module=net,
+                optimizer=optimizer,
+                criterion=loss,
+                data_loader=loader,
+                noise_multiplier=NOISE,
+                max_grad_norm=BOUND,
+                poisson_sampling=False,
+                grad_sample_mode=mode,
+            )
+            net, optimizer, loss = private[0], private[1], private[2] if mode == "ghost" else loss
+
+        def step():
+            optimizer.zero_grad()
+            loss(net(x), y).backward()
+            optimizer.step()
+
+        return step
+
+    return {"torch plain": call(None), "opacus hooks": call("hooks"), "opacus ghost": call("ghost")}
+
+
+def main() -> None:
+    """Measure, print the table, store the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--microbatch", type=int, default=8, help="also so many rows at a time")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="tiny networks, nothing is stored")
+    args = parser.parse_args()
+    stored = harness.RESULTS / "privacy.json"
+    record = json.loads(stored.read_text())["nets"] if stored.exists() else {}
+    rows = [["network", "step", "time / plain", "memory / plain", "milliseconds", "range"]]
+    for name in args.nets:
+        net_name, shape, options, size = NETS[name]
+        size, options = args.batch or size, SMOKE.get(name, options) if args.smoke else options
+        net = models.create(net_name, jax.random.key(0), shape=shape, classes=10, **options)
+        calls, memory = compiled(net, size, shape, args.methods, args.microbatch)
+        times = harness.side_by_side(calls | opacus_calls(name, options, size), args.rounds)
+        record[name] = {}
+        for step, t in times.items():
+            base = "torch plain" if step.startswith(("torch", "opacus")) else "plain"
+            ratio = t["median"] / times[base]["median"]
+            share = memory[step] / memory["plain"] if step in memory else None
+            record[name][step] = t | {"ratio": ratio, "bytes": memory.get(step), "memory_ratio": share, "batch": size}
+            span = f"{1e3 * t['least']:.1f} to {1e3 * t['most']:.1f}"
+            shown = "" if share is None else f"{share:.2f}"
+            rows.append([name, step, f"{ratio:.2f}", shown, f"{1e3 * t['median']:.1f}", span])
+        print(name, "measured", flush=True)
+    print(harness.table(rows))
+    if not args.smoke:
+        found = {"nets": record, "environment": harness.environment()}
+        print(f"stored in {harness.store('privacy', found)}")
+
+
+if __name__ == "__main__":
+    main()
