@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
 from jaxadv.attacks.draws import Expectation, asked, descend, majority, takes_keys
-from jaxadv.attacks.judge import dead, held, judge, unfenced
+from jaxadv.attacks.judge import better, dead, held, judge, unfenced
 from jaxadv.core import (
     Attack,
     Result,
@@ -239,8 +239,8 @@ class APGD(Attack):
         grad = held(threat, jnp.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0), point)
         state = self._remember(state, point, score, broken & now.final, now.final)
 
-        better = now.begin | (loss < state.best_loss)
-        best, best_grad, best_loss = select(better, (point, grad, loss), (state.best, state.best_grad, state.best_loss))
+        lower = now.begin | (loss < state.best_loss)
+        best, best_grad, best_loss = select(lower, (point, grad, loss), (state.best, state.best_grad, state.best_loss))
         state = state._replace(
             point=point,
             previous=previous,
@@ -405,11 +405,8 @@ class APGD(Attack):
 
     def _remember(self, state: State, point, score, broken, final) -> State:
         """Keep the better of what was found so far and the current point, by (fails, lowest margin)."""
-        better = (broken & ~state.broken) | ((broken == state.broken) & (score < state.score))
-        better = better & final
-        if self.stop:
-            better = better & ~state.broken  # what is broken stays as it was found, a wrong clean prediction too
-        found, score = select(better, (point, score), (state.found, state.score))
+        taken = final & better(score, broken, state.score, state.broken, self.stop)
+        found, score = select(taken, (point, score), (state.found, state.score))
         return state._replace(found=found, score=score, broken=state.broken | broken)
 
 

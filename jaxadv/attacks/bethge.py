@@ -214,6 +214,4 @@ def brendel_bethge(
     check.whole("bisections", bisections, least=0)
     if len(rates) != 2 or not rates[0] >= rates[1] > 0:
         raise ValueError(f"rates must be a falling pair of positive numbers; got {rates}. Swap them?")
-    return BrendelBethge(
-        threat=threat, name=name, max_steps=steps, early=early, bisections=bisections, rates=(*map(float, rates),)
-    )
+    return BrendelBethge(threat=threat, name=name, max_steps=steps, early=early, bisections=bisections, rates=(*rates,))

@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxadv.attacks.judge import judge, unfenced
-from jaxadv.core import Attack, Result, Threat, check, edges, pytree, select, static, step_keys
+from jaxadv.attacks.judge import Stepped, judge, unfenced
+from jaxadv.core import Result, Threat, check, edges, pytree, select, static, step_keys
 
 NORMS = ("linf", "l2", "l1")
 THRESHOLDS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -110,7 +110,7 @@ class State(NamedTuple):
 
 
 @pytree
-class SquareAttack(Attack):
+class SquareAttack(Stepped):
     """Random search over square windows; built by `square`. `threat` is data, everything else structure."""
 
     threat: Threat
@@ -162,11 +162,6 @@ class SquareAttack(Attack):
             step=state.step + 1,
             nonfinite=state.nonfinite | ~finite,
         )
-
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after `max_steps`, or, with `early`, once it is broken."""
-        over = state.step >= self.max_steps
-        return over | state.broken if self.early else over
 
     def result(self, state: State, model, x, y) -> Result:
         """Ask the model again at the best point; the clean one stays where nothing better was found."""

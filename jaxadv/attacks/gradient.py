@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
 from jaxadv.attacks.draws import descend
-from jaxadv.attacks.judge import dead, held, judge
-from jaxadv.core import Attack, Result, Threat, check, edges, pytree, select, static
+from jaxadv.attacks.judge import Stepped, better, dead, held, judge
+from jaxadv.core import Result, Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
 
 STARTS = ("zero", "random", "sign", "unclipped")
@@ -44,7 +44,7 @@ class State(NamedTuple):
 
 
 @pytree
-class GradientAttack(Attack):
+class GradientAttack(Stepped):
     """Projected descent of an attack loss inside a threat; built by `fgsm`, `pgd` and their kin.
 
     `threat` and `step_size` are data (new budgets do not recompile); everything else is structure.
@@ -108,11 +108,6 @@ class GradientAttack(Attack):
             memory=memory,
         )
 
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after `max_steps`, or, with `early`, once it is broken."""
-        over = state.step >= self.max_steps
-        return over | state.broken if self.early else over
-
     def result(self, state: State, model, x, y) -> Result:
         """Judge the last point, keep the better one, and ask the model again at what is returned."""
         if self.keep == "best":
@@ -175,10 +170,8 @@ class GradientAttack(Attack):
         """Keep the better of the best point so far and the current one."""
         if self.keep == "last":
             return state._replace(broken=broken)
-        better = (broken & ~state.broken) | ((broken == state.broken) & (score < state.score))
-        if self.early:
-            better = better & ~state.broken  # what is broken stays as it was found, a wrong clean prediction too
-        best, score = select(better, (state.point, score), (state.best, state.score))
+        taken = better(score, broken, state.score, state.broken, self.early)
+        best, score = select(taken, (state.point, score), (state.best, state.score))
         return state._replace(best=best, score=score, broken=state.broken | broken)
 
     def _movable(self, rise, point):

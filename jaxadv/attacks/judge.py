@@ -1,7 +1,8 @@
 """What every attack asks: the logits, how near to failing, whether failing, whether a gradient is of any use.
 
-What lives here: `ask`, `judge` and `dead`, and `held` and `unfenced` for features that may not move. What does not: the
-verdict that counts (`evaluate.verdict`, with a forward pass of its own); this one steers a search.
+What lives here: `ask`, `judge` and `dead`; `better` and `Stepped`, the one rule of what is kept and when a row ends;
+`held` and `unfenced` for features that may not move. What does not: the verdict that counts (`evaluate.verdict`, with a
+forward pass of its own); this one steers a search.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxadv import losses
-from jaxadv.core import check, is_labels, robust, rows
+from jaxadv.core import Attack, check, is_labels, robust, rows
 
 
 def ask(model, point) -> Float[Array, "b k"]:
@@ -54,6 +55,38 @@ def judge(
     score = criterion(logits, y)
     score = jnp.where(jnp.isfinite(score) & finite, score, -jnp.inf)
     return score, ~robust(logits, y) if is_labels(y) else ~finite, finite
+
+
+def better(
+    score: Float[Array, " b"],
+    broken: Bool[Array, " b"],
+    best: Float[Array, " b"],
+    known: Bool[Array, " b"],
+    stop: bool = False,
+) -> Bool[Array, " b"]:
+    """Tell which rows have a better point than the one they keep: the first by (fails, lowest score).
+
+    Args:
+      score: `[b]` of the new point.
+      broken: `[b]` whether it fails.
+      best: `[b]` score of the point that is kept.
+      known: `[b]` whether that one fails.
+      stop: what fails stays as it was found, a wrong clean prediction too.
+
+    Returns:
+      bool `[b]`.
+    """
+    taken = (broken & ~known) | ((broken == known) & (score < best))
+    return taken & ~known if stop else taken
+
+
+class Stepped(Attack):
+    """What attacks share whose states count steps in `step` and know in `broken` who fails."""
+
+    def done(self, state) -> Bool[Array, " b"]:
+        """A row is done after `max_steps`, or, with `early`, once a failing point (within the budget) is known."""
+        over = state.step >= self.max_steps
+        return over | state.broken if self.early else over
 
 
 def dead(grad: Float[Array, "b ..."]) -> Bool[Array, " b"]:

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
-from jaxadv.attacks.judge import ask, dead, held, judge, unfenced
+from jaxadv.attacks.judge import Stepped, ask, dead, held, judge, unfenced
 from jaxadv.core import Attack, Result, Targets, Threat, check, edges, is_labels, pytree, select, static, step_keys
 from jaxadv.core.rows import flat, wide
 from jaxadv.threats import l2
@@ -49,7 +49,7 @@ _S = TypeVar("_S", bound="MinimumNorm")
 
 
 @pytree
-class MinimumNorm(Attack):
+class MinimumNorm(Stepped):
     """What attacks share that look for the nearest failing point; a kind of step is added by a subclass.
 
     A subclass gives `step`, and where it needs them `_own` (its part of the first state), `_far` (what is to be small,
@@ -94,11 +94,6 @@ class MinimumNorm(Attack):
             infeasible=jnp.any(flat((x < low) | (x > high)), axis=-1),
             own=self._own(logits, x, y),
         )
-
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after `max_steps`, or, with `early`, once a failing point within the budget is known."""
-        over = state.step >= self.max_steps
-        return over | state.broken if self.early else over
 
     def result(self, state: State, model, x, y) -> Result:
         """Judge the last point, project the nearest failing one into the budget and ask there; else keep the better."""

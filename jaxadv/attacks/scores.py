@@ -16,10 +16,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
-from jaxadv.attacks.judge import ask, judge
+from jaxadv.attacks.judge import Stepped, ask, better, judge
 from jaxadv.attacks.minimum import ball
 from jaxadv.attacks.waves import cosines
-from jaxadv.core import Attack, Result, Threat, check, edges, pytree, select, static, step_keys
+from jaxadv.core import Result, Threat, check, edges, pytree, select, static, step_keys
 from jaxadv.core.rows import flat, wide
 
 _ORDER = 0x6F726465
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
 
 @pytree
-class Search(Attack):
+class Search(Stepped):
     """A search that asks once a step: a subclass gives `_own`, `_learn` and `_propose`.
 
     A point is better if it fails and the best one does not, or else if its loss is lower. Logits that are not finite
@@ -79,10 +79,10 @@ class Search(Attack):
         """Ask at the proposal, keep it if it is better, make the next one."""
         value, fails, finite = self._judged(ask(model, state.point), y)
         value = value.astype(x.dtype)
-        better = (fails & ~state.broken) | ((fails == state.broken) & (value < state.value))
-        best, value_kept = select(better, (state.point, value), (state.best, state.value))
+        taken = better(value, fails, state.value, state.broken)
+        best, value_kept = select(taken, (state.point, value), (state.best, state.value))
         state = state._replace(
-            own=self._learn(state, value, better),
+            own=self._learn(state, value, taken),
             best=best,
             value=value_kept,
             broken=state.broken | fails,
@@ -91,11 +91,6 @@ class Search(Attack):
         )
         own, point = self._propose(state, x)
         return state._replace(own=own, point=point)
-
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after `max_steps`, or, with `early`, once it is broken."""
-        over = state.step >= self.max_steps
-        return over | state.broken if self.early else over
 
     def result(self, state: State, model, x, y) -> Result:
         """Ask the model again at the best point."""

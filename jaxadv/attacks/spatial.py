@@ -25,9 +25,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxadv import losses
 from jaxadv.attacks.gradient import GradientAttack, pgd
 from jaxadv.attacks.gradient import State as Descent
-from jaxadv.attacks.judge import ask, judge
+from jaxadv.attacks.judge import Stepped, ask, better, judge
 from jaxadv.attacks.optimizers import _adam
-from jaxadv.core import Attack, Result, check, edges, pytree, rows, select, static, step_keys
+from jaxadv.core import Result, check, edges, pytree, rows, select, static, step_keys
 from jaxadv.core.rows import flat
 from jaxadv.threats.semantic import Component, Semantic
 
@@ -375,7 +375,7 @@ class State(NamedTuple):
 
 
 @pytree
-class WorstOf(Attack):
+class WorstOf(Stepped):
     """Asks at listed or drawn parameters and keeps the worst; built by `worst_of`."""
 
     threat: Semantic
@@ -401,10 +401,8 @@ class WorstOf(Attack):
             values = jnp.asarray(self.listed, x.dtype)[jnp.minimum(state.step, self.max_steps - 1)]
             point = self.threat.project(jnp.concatenate([x[:, :n], values, x[:, n + values.shape[1] :]], axis=-1), x)
         score, broken, finite = judge(ask(model, point), y)
-        better = (broken & ~state.broken) | ((broken == state.broken) & (score < state.score))
-        if self.early:
-            better = better & ~state.broken
-        best, score = select(better, (point, score), (state.best, state.score))
+        taken = better(score, broken, state.score, state.broken, self.early)
+        best, score = select(taken, (point, score), (state.best, state.score))
         return state._replace(
             best=best,
             score=score,
@@ -412,11 +410,6 @@ class WorstOf(Attack):
             step=state.step + 1,
             nonfinite=state.nonfinite | ~finite,
         )
-
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after all parameters, or, with `early`, once it is broken."""
-        over = state.step >= self.max_steps
-        return over | state.broken if self.early else over
 
     def result(self, state: State, model, x, y) -> Result:
         """Ask the model again at the worst row."""
