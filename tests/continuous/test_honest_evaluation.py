@@ -89,6 +89,7 @@ def report(points):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_protocol_breaks_what_gradients_through_the_solver_do_not(report, points):
     entry = report.models[0]
     rows = {row["name"]: row for row in entry.attacks}
@@ -101,6 +102,7 @@ def test_the_protocol_breaks_what_gradients_through_the_solver_do_not(report, po
     assert entry.robust_accuracy <= np.mean(rounded > 0.15 - 1e-6)
 
 
+@pytest.mark.slow
 def test_the_report_says_how_it_was_solved(report):
     entry = report.models[0]
     assert "solved with euler, fixed, 4 steps, per_example" in entry.statements[-1]
@@ -120,6 +122,13 @@ def test_stages_are_data_and_budgets_are_arguments():
     assert change == odes.Change("grid", "rk4", 4) and change.__name__ == "grid rk4 x4"
     one, two = (odes.behind(LINF, change=odes.Change("grid", "rk4", 4), steps=3) for _ in range(2))
     assert isinstance(one, odes.Behind) and jax.tree.structure(one) == jax.tree.structure(two)
+
+
+def test_points_of_another_solver_are_judged_on_the_model_itself(points, key):
+    x, y = (jnp.asarray(v) for v in points)
+    attack, masked = odes.behind(LINF, change=odes.Change("grid", "rk4", 4), steps=2), model(True)
+    found = jax.jit(lambda attack, m: attack.run(key, m, x, y))(attack, masked)
+    np.testing.assert_array_equal(found.success, ~robust(masked(found.x), y))
 
 
 def test_what_knows_no_solver_is_refused(points, key):

@@ -176,6 +176,7 @@ def timed(small):
     return nets, run(jax.random.key(3))
 
 
+@pytest.mark.slow
 def test_without_motion_the_posterior_has_nothing_to_learn_but_the_prior(timed):
     """dlogits/dT = 0 and weights that sum to one: the loss's slope in (a, b) is that of the divergence."""
     _, out = timed
@@ -188,12 +189,14 @@ def test_without_motion_the_posterior_has_nothing_to_learn_but_the_prior(timed):
     np.testing.assert_allclose(np.exp(out["still"]), 0.1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_solve_gives_the_mean_of_probabilities_at_given_times(timed):
     _, out = timed
     logs = jax.nn.softmax(out["one"].reshape(2, 3, 10))
     np.testing.assert_allclose(np.exp(out["at"]), logs.mean(0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_predictions_are_probabilities_and_losses_belong_to_rows(timed):
     nets, out = timed
     for name in ("lt", "alt"):
