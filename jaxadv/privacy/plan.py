@@ -80,8 +80,11 @@ class Plan:
 
     @property
     def sensitivity(self) -> float:
-        """Largest norm that one example adds to the sum; the accountant doubles it for neighbors `'replace_one'`."""
-        return 1.0 if self.rescale else self.clip_norm
+        """Largest norm that one example adds to the sum, as the clip states it.
+
+        It is that of one example more or less: for neighbors `'replace_one'` the accountant doubles it itself.
+        """
+        return float(self.clipped(_no_loss).sensitivity("add_or_remove_one"))
 
     @property
     def std(self) -> float:
@@ -247,6 +250,12 @@ class Plan:
             "noise_multiplier": self.noise_multiplier,
             "clip_norm": self.clip_norm,
         }
+
+
+def _no_loss(params, example, key):
+    """Stands for a loss where only the clip is asked."""
+    del params, example, key
+    return 0.0
 
 
 def _drawn(sampler: Poisson) -> dict[str, Any]:
