@@ -349,3 +349,26 @@ def test_words_about_processes_that_make_no_sense_are_refused(refused, tmp_path,
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert "demo, which runs in one process" in refused("demo", "--out", tmp_path / "demo")
     assert "attack, which runs in one process" in refused("attack", "model")
+
+
+@pytest.mark.slow
+def test_a_prepared_set_of_images_goes_from_raw_files_to_an_evaluation(cli, tiny, tmp_path):
+    """Shaped like ImageNet: folders of classes, files of many sizes; then records, training, attack."""
+    pytest.importorskip("array_record", reason="array_record exists for Linux only")
+    from PIL import Image
+
+    for part, n in (("train", 40), ("test", 9)):
+        for i in range(n):
+            path = tmp_path / "raw" / part / f"n{i % 3:08d}" / f"{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            color = np.eye(3, dtype=np.uint8)[i % 3] * np.uint8(200)
+            Image.fromarray(np.broadcast_to(color, (20 + i, 24, 3)).copy()).save(path)
+    sets = tmp_path / "sets"
+    assert cli("data", "prepare", tmp_path / "raw", "--name", "photos", "--out", sets, "--size", 12).code == 0
+    run, where = tmp_path / "run", ("--data", "tfds:photos", "--data-root", sets)
+    ran = cli("train", *TINY, *where, "--out", run, "--batch-size", 8, "--epochs", 6)
+    assert ran.code == 0, ran
+    words = ("--eps", "0.05", "--attacks", "fgsm", "--out", tmp_path / "evaluation")
+    assert cli("evaluate", run, *words, "--data-root", sets).code in (0, 1)
+    (model,) = json.loads((tmp_path / "evaluation" / "report.json").read_text())["models"]
+    assert model["n"] == 9 and model["clean_accuracy"] == 1.0
