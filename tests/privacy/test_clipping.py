@@ -336,8 +336,13 @@ def test_norms_sum_and_iterates_are_the_same_in_every_executor(how, n, net, by_h
     close(got, params, 0, 1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("net", "n"), [("mlp", 2), ("conv", 4)])
+TRAPS = [(m, net, n) for m in METHODS for net, n in (("mlp", 2), ("conv", 4))]
+QUICK = (("vmap", "mlp"), ("vmap", "conv"), ("two_pass", "mlp"), ("ghost", "mlp"), ("auto", "conv"))
+
+
+@pytest.mark.parametrize(
+    ("method", "net", "n"), [pytest.param(*c, marks=() if c[:2] in QUICK else pytest.mark.slow) for c in TRAPS]
+)
 def test_every_method_is_right_in_shard_map_and_without_varying_it_is_not(n, net, method, monkeypatch, by_hand):
     # The trap: jax adds up the gradients of rows with the same place on all devices before they are clipped, without an
     # error. If this test fails, either jax changed or the law above lost its teeth.
