@@ -81,7 +81,7 @@ class SolveCfg:
       n_steps: steps of the fixed grid.
       rtol: relative tolerance of adaptive steps, at least 1e-5 in float32.
       atol: absolute tolerance, at least 1e-6 in float32.
-      dt0: first adaptive step; None chooses by two further evaluations.
+      dt0: first adaptive step; None leaves it to diffrax, whose version 0.7.2 takes 0.01 and asks the field nothing.
       max_steps: adaptive steps, rejected ones included, after which a solve has failed.
       dtmin: smallest adaptive step (taken even where the error is too large), or None.
       dtmax: largest adaptive step, or None.
@@ -302,7 +302,7 @@ def _field(vf: Callable, cfg: SolveCfg, dtype: Any) -> Callable:
 
     if jax.default_backend() != "cpu":
         return precise
-    return canonical(precise) if cfg.through == "forward" else _quick(precise)
+    return canonical(precise) if cfg.through in ("forward", "implicit") else _quick(precise)
 
 
 def _quick(fn: Callable) -> Callable:
@@ -476,8 +476,6 @@ def _stats(solution: Any, cfg: SolveCfg, z: PyTree) -> SolveStats:
     told = solution.stats
     steps, stages, again = told["num_steps"], *_stages(cfg.method)
     nfe = steps * (stages - again) + int(again)
-    if cfg.mode == "adaptive" and cfg.dt0 is None:
-        nfe = nfe + 2
     end = diffrax.RESULTS.event_occurred if cfg.through == "implicit" else diffrax.RESULTS.successful
     ok = (solution.result == end) & _finite(z, joint=True, leading=False)
     accepted, rejected = told["num_accepted_steps"], told["num_rejected_steps"]

@@ -356,7 +356,7 @@ def test_a_steady_state_differentiates_by_the_implicit_function_theorem(wide):
     cfg = SolveCfg("tsit5", t1=100.0, rtol=1e-8, atol=1e-8, batching="joint", adjoint="implicit", max_steps=1000)
 
     def rest(b, z0):
-        z, stats = ode_solve(lambda b, t, z: b - z @ m.T, b, z0, cfg)
+        z, stats = ode_solve(lambda b, t, z: b[None] - z @ m.T, b, z0, cfg)
         return z[0, 0], (z, stats)
 
     grads, (z, stats) = jax.jit(jax.grad(rest, (0, 1), has_aux=True))(np.array([1.0, -1.0]), np.zeros((1, 2)))
