@@ -106,6 +106,24 @@ def test_batch_statistics_cost_their_own_small_all_reduces(how):
     assert sorted(found)[-2][1] <= 2
 
 
+OBJECTIVES = {
+    "trades": (lambda threat: train.trades(threat, steps=1), {"all-reduce"}),
+    "advlc": (lambda threat: train.advlc(attacks.pgd(threat, steps=1), top=0.5), {"all-reduce", "all-gather"}),
+    "iat": (lambda threat: train.iat(attacks.pgd(threat, steps=1)), {"all-reduce", "all-gather"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_only_objectives_that_look_at_all_rows_by_definition_gather_them(name):
+    """One all-reduce for the others; all of the table were read so once, see docs/scale/plan.md."""
+    build, kinds = OBJECTIVES[name]
+    net = network("none")
+    step = train.make_step(net.apply, build(threats.l2(0.1)), SGD)
+    found = collectives(lowered(step, trainer.init(jax.random.key(0), net, SGD), "jit", 4).compile().as_text())
+    assert {kind for kind, _ in found} == kinds and (len(found) == 1) == (len(kinds) == 1)
+
+
 def test_a_private_step_holds_one_all_reduce():
     net = network("none")
 
