@@ -51,6 +51,11 @@ def make_loss(net="mlp"):
     return loss
 
 
+def clipped(loss, **options):
+    """Compiled whole: op by op it would take many small compilations."""
+    return jax.jit(clipped_grads(loss, **options))
+
+
 def example_keys(batch):
     return jax.jit(jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i)))(jnp.arange(batch["y"].shape[0]))
 
@@ -111,7 +116,7 @@ def test_the_sum_is_that_of_optax(bound):
     loss = make_loss()
     grads = jax.vmap(jax.grad(loss), (None, 0, None))(params, batch, None)
     want, _ = optax.per_example_global_norm_clip(grads, bound)
-    got, _ = clipped_grads(loss, clip_norm=bound)(params, batch)
+    got, _ = clipped(loss, clip_norm=bound)(params, batch)
     close(got, want)
 
 
@@ -119,13 +124,13 @@ def test_the_bound_may_be_traced():
     params, batch = setup()
     loss = make_loss()
     got = jax.jit(lambda c: clipped_grads(loss, clip_norm=c)(params, batch)[0])(0.5)
-    close(got, clipped_grads(loss, clip_norm=0.5)(params, batch)[0], 1e-6, 1e-6)
+    close(got, clipped(loss, clip_norm=0.5)(params, batch)[0], 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("scale", (1.0, 1e6))
 def test_a_single_example_is_on_the_sphere_however_large_its_loss(scale):
     params, batch = setup()
-    run = clipped_grads(lambda p, e, k: scale * make_loss()(p, e, k), clip_norm=0.01)
+    run = clipped(lambda p, e, k: scale * make_loss()(p, e, k), clip_norm=0.01)
     for i in range(4):
         grads, _ = run(params, jax.tree.map(lambda a, i=i: a[i : i + 1], batch))
         np.testing.assert_allclose(norm(grads), 0.01, rtol=1e-5)
@@ -136,23 +141,23 @@ def test_a_single_example_is_on_the_sphere_however_large_its_loss(scale):
 
 def test_a_zero_gradient_contributes_zeros():
     for bound in (0.0, 1.0, np.inf):
-        grads, aux = clipped_grads(quadratic, clip_norm=bound)(jnp.ones(3), jnp.zeros((2, 3)))
+        grads, aux = clipped(quadratic, clip_norm=bound)(jnp.ones(3), jnp.zeros((2, 3)))
         np.testing.assert_array_equal(grads, np.zeros(3))
         np.testing.assert_array_equal(aux["norms"], np.zeros(2))
-    grads, _ = clipped_grads(quadratic, clip_norm=1.0, rescale=True)(jnp.ones(3), jnp.zeros((2, 3)))
+    grads, _ = clipped(quadratic, clip_norm=1.0, rescale=True)(jnp.ones(3), jnp.zeros((2, 3)))
     np.testing.assert_array_equal(grads, np.zeros(3))
 
 
 def test_a_bound_of_zero_gives_zeros():
     params, batch = setup()
-    grads, _ = clipped_grads(make_loss(), clip_norm=0.0)(params, batch)
+    grads, _ = clipped(make_loss(), clip_norm=0.0)(params, batch)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
 
 
 def test_a_bound_of_infinity_changes_nothing():
     params, batch = setup()
     loss = make_loss()
-    grads, _ = clipped_grads(loss, clip_norm=np.inf)(params, batch)
+    grads, _ = clipped(loss, clip_norm=np.inf)(params, batch)
     close(grads, jax.grad(lambda p: jax.vmap(loss, (None, 0, None))(p, batch, None).sum())(params))
 
 
@@ -162,7 +167,7 @@ def test_a_bound_of_infinity_changes_nothing():
 def test_a_non_finite_example_contributes_exactly_zero(bad, bound, mask):
     rows = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     rows[1, 2] = bad
-    run = clipped_grads(quadratic, clip_norm=bound)
+    run = clipped(quadratic, clip_norm=bound)
     got, aux = run(jnp.ones(3), jnp.asarray(rows), None if mask is None else jnp.asarray(mask))
     want, _ = run(jnp.ones(3), jnp.asarray(rows), jnp.array([True, False, True, True]))
     np.testing.assert_array_equal(got, want)
@@ -175,7 +180,7 @@ def test_masked_rows_change_nothing_whatever_they_hold(garbage):
     params, batch = setup()
     mask = jnp.arange(ROWS) % 3 > 0
     dirty = {**batch, "x": jnp.where(mask.reshape(-1, 1, 1, 1), batch["x"], garbage)}
-    run = clipped_grads(make_loss(), clip_norm=0.5)
+    run = clipped(make_loss(), clip_norm=0.5)
     (want, aux), (got, dirty_aux) = run(params, batch, mask), run(params, dirty, mask)
     close(got, want, 0, 0)
     for name in ("norms", "losses"):
@@ -189,7 +194,7 @@ def test_masked_rows_change_nothing_whatever_they_hold(garbage):
 def test_nothing_that_counts_gives_zeros(rows):
     params, batch = setup()
     batch = jax.tree.map(lambda a: a[:rows], batch)
-    grads, aux = clipped_grads(make_loss(), clip_norm=1.0)(params, batch, jnp.zeros(rows, bool))
+    grads, aux = clipped(make_loss(), clip_norm=1.0)(params, batch, jnp.zeros(rows, bool))
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads)) and aux["norms"].shape == (rows,)
 
@@ -197,13 +202,13 @@ def test_nothing_that_counts_gives_zeros(rows):
 @pytest.mark.parametrize("kind", (jnp.bfloat16, jnp.float16))
 def test_half_precision_is_clipped_and_summed_in_float32(kind):
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(300, 5)) * 100, kind)
-    grads, aux = clipped_grads(quadratic, clip_norm=1.0)(jnp.ones(5, kind), rows)
+    grads, aux = clipped(quadratic, clip_norm=1.0)(jnp.ones(5, kind), rows)
     assert grads.dtype == aux["norms"].dtype == aux["losses"].dtype == jnp.float32
     exact = np.asarray(rows, np.float64)
     norms = np.linalg.norm(exact, axis=1)
     np.testing.assert_allclose(aux["norms"], norms, rtol=1e-6)
     np.testing.assert_allclose(grads, (exact / np.maximum(norms, 1)[:, None]).sum(0), atol=1e-4)
-    one, _ = clipped_grads(quadratic, clip_norm=1.0)(jnp.ones(5, kind), rows[:1])
+    one, _ = clipped(quadratic, clip_norm=1.0)(jnp.ones(5, kind), rows[:1])
     assert norm(one) <= 1 + 1e-6  # casting back to half precision would pass the bound by up to 0.4 percent
 
 
@@ -247,7 +252,7 @@ def test_leaving_an_example_out_moves_the_sum_by_at_most_the_sensitivity(bound, 
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 def test_replacing_an_example_moves_the_sum_by_at_most_twice_the_bound(rows, other, bound):
     rows = np.asarray(rows, np.float32)
-    run = clipped_grads(quadratic, clip_norm=bound)
+    run = clipped(quadratic, clip_norm=bound)
     one, _ = run(jnp.ones(3), jnp.asarray(rows))
     rows[0] = other
     two, _ = run(jnp.ones(3), jnp.asarray(rows))
