@@ -148,6 +148,25 @@ def test_several_devices_answer_like_one(block):
     assert sorted(np.concatenate(served)) == list(range(5, 30))
 
 
+def test_processes_share_the_rows_and_answer_like_one(monkeypatch):
+    """Two stand-ins for processes, two devices each; tests/parallel has real ones."""
+    x, y = problem(21)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("data",))
+    want = gather(Server(MODEL, x, y, slots=3, mesh=mesh).drain(PLAIN, KEY), 21)
+    served = []
+    for number in (0, 1):
+        half = jax.sharding.Mesh(mesh.devices[2 * number : 2 * number + 2], ("data",))
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            patch.setattr(jax, "process_index", lambda number=number: number)
+            patch.setattr(room.parallel, "local", lambda mesh, half=half: half)
+            server = Server(MODEL, x, y, slots=3, mesh=mesh)
+        assert (server.rows // 2 % 2 == number).all()
+        assert server.own(np.asarray([20, 2, 1])).tolist() == ([20, 1], [2])[number]
+        served += list(server.drain(PLAIN, KEY, range(21)))
+    same_bits(gather(served, 21), want)
+
+
 def test_other_numbers_of_slots_change_rounding_only():
     rng = np.random.default_rng(0)
     x, y = rng.uniform(size=(40, 5)).astype(np.float32), rng.integers(0, 5, 40)
