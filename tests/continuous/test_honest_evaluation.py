@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxadv as ja
-from jaxadv import attacks, continuous, evaluate, threats
+from jaxadv import continuous, evaluate, threats
 from jaxadv.continuous import SolveCfg, ode_solve
 from jaxadv.core import robust
-from jaxadv.evaluate import odes
+from jaxadv.evaluate import odes, protocols
 
 EULER = SolveCfg("euler", "fixed", n_steps=4)
 LINF = threats.linf(0.2)
@@ -44,7 +44,7 @@ def points():
     return x, (x[:, 0] > 0.5).astype(np.int32)
 
 
-def look(points, key, **given):
+def look(points: Any, key, **given):
     said = odes.alarms(
         key, model(**given), *points, LINF, steps=5, grid=("rk4", 4), directions=8, radius=0.1, examples=24
     )
@@ -81,7 +81,7 @@ def test_failed_solves_are_told_and_never_robust(points, key):
 
 
 @pytest.fixture(scope="module")
-def report(points):
+def report(points: Any):
     first, _, _, second, _ = odes.stages("linf", **CHEAP)
     return odes.ode_report(
         jax.random.key(0), model(True), *points, LINF, attacks=(first, second), diagnostics=False,
@@ -113,7 +113,7 @@ def test_the_report_says_how_it_was_solved(report):
 
 def test_stages_are_data_and_budgets_are_arguments():
     whole = evaluate.PROTOCOLS["ode"]("linf")
-    names = [ja.evaluate.protocols.build(stage, LINF, LINF).name for stage in whole]
+    names = [protocols.build(stage, LINF, LINF).name for stage in whole]
     assert len(set(names)) == len(names) == 3 + 4 + 2 * len(odes.GRIDS) + len(odes.TOLERANCES) + 1
     assert whole[0].restarts == 5 and dict(whole[0].settings)["steps"] == 100
     assert dict(whole[-1].settings)["queries"] == 2 * 2048 * 100
@@ -131,9 +131,9 @@ def test_points_of_another_solver_are_judged_on_the_model_itself(points, key):
     np.testing.assert_array_equal(found.success, ~robust(masked(found.x), y))
 
 
-def test_what_knows_no_solver_is_refused(points, key):
+def test_what_knows_no_solver_is_refused(points: Any, key):
     with pytest.raises(ValueError, match="must know its solver.*ode_model"):
-        evaluate.ode_report(key, attacks.draws.Partial(lambda x: x), *points, LINF)
+        evaluate.ode_report(key, jax.tree_util.Partial(lambda x: x), *points, LINF)
     with pytest.raises(ValueError, match="unknown kind of change"):
         odes.Change("solver")
 

@@ -1,6 +1,7 @@
 """TisODE, random end times and exchanged solvers: closed forms, identities, and what each loss reduces to."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from jaxadv import attacks, continuous, losses, models
+from jaxadv import continuous, losses, models
+from jaxadv.attacks.draws import takes_keys
 from jaxadv.continuous import SolveCfg, latent, ode_solve
 from jaxadv.core import Trainable, example_keys
 
@@ -95,7 +97,8 @@ def test_refusals_of_tisode():
 def test_the_divergence_of_gammas_is_its_integral():
     assert float(continuous.gamma_kl(1.0, 1.0, 2.0, 0.5)) == pytest.approx(1.463510, abs=1e-5)
     for a, b in ((2.0, 0.5), (3.5, 1.2), (0.7, 2.0)):
-        one, two = stats.gamma(a, scale=1 / b), stats.gamma(2.0, scale=2.0)
+        one: Any = stats.gamma(a, scale=1 / b)
+        two: Any = stats.gamma(2.0, scale=2.0)
         exact = integrate.quad(lambda t, p=one, q=two: p.pdf(t) * (p.logpdf(t) - q.logpdf(t)), 1e-12, 80, limit=400)[0]
         assert float(continuous.gamma_kl(a, b, *continuous.PRIOR)) == pytest.approx(exact, abs=1e-4)
 
@@ -208,7 +211,7 @@ def test_predictions_are_probabilities_and_losses_belong_to_rows(timed):
         assert values.shape == (3,) and np.isfinite(values).all() and metrics["kl"].shape == (3,)
     np.testing.assert_allclose(out["published"][1][1]["kl"], 1.463510, atol=1e-5)  # a = b = 1 at first
     assert out["law"].shape == (3, 2) and np.std(np.asarray(out["law"])[:, 0]) > 0
-    assert attacks.draws.takes_keys(continuous.sampled(nets["alt"], 3))
+    assert takes_keys(continuous.sampled(nets["alt"], 3))
 
 
 def test_refusals_of_random_end_times(small):
