@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxadv import privacy
@@ -59,10 +60,10 @@ def _plan(config: Privacy, steps: int, **given: Any) -> privacy.Plan:
 
 
 def _told(plan: privacy.Plan, steps: int) -> None:
-    spent = plan.spent(steps)
+    spent, cut = plan.spent(steps), "truncated " if getattr(plan.sampler, "truncated", False) else ""
     say(
         f"epsilon {spent:.4g} at delta {plan.delta:g}: {steps} steps, {plan.size:g} of {plan.sampler.n} examples "
-        f"expected in each ({'truncated ' if plan.sampler.truncated else ''}Poisson samples), noise multiplier "
+        f"expected in each ({cut}Poisson samples), noise multiplier "
         f"{plan.noise_multiplier:.5g}; neighbors: {plan.relation.replace('_', ' ')}; accountant: {plan.accountant}."
     )
 
@@ -134,7 +135,7 @@ def secret_key(out: Path) -> Any:
         path.write_text(secrets.token_hex(8), encoding="ascii")
     try:
         words = np.frombuffer(bytes.fromhex(path.read_text(encoding="ascii")), np.uint32)
-        return jax.random.wrap_key_data(words.copy(), impl="threefry2x32")
+        return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
     except (ValueError, TypeError):
         raise UsageError(
             f"{path} must hold 16 hexadecimal digits; it is damaged. Begin anew in another folder."

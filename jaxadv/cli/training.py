@@ -29,6 +29,7 @@ from jaxadv.cli.privacy import secret_key, spent_words
 from jaxadv.cli.progress import Progress, note, say
 from jaxadv.core import check
 from jaxadv.evaluate.engine import evaluate as measure
+from jaxadv.train.private_recipes import DP_MEAN, DP_STD
 
 DATA_OF = {"mnist": "mnist", "digits": "digits", "cifar10": "cifar10_jpeg"}
 """Word of a recipe's name to the data set it is made for."""
@@ -43,8 +44,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "dp_cifar10_wrn16_4": (
         "wide_resnet_private",
         {
-            "mean": train.private_recipes.DP_MEAN,
-            "std": train.private_recipes.DP_STD,
+            "mean": DP_MEAN,
+            "std": DP_STD,
             "depth": 16,
             "width": 4,
         },
