@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxadv import attacks as attacks
     from jaxadv import certify as certify
+    from jaxadv import continuous as continuous
     from jaxadv import core as core
     from jaxadv import corruptions as corruptions
     from jaxadv import data as data
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 _ROOMS = (
     "attacks",
     "certify",
+    "continuous",
     "core",
     "corruptions",
     "data",

@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.extend import core as jex
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxadv.core import PyTree, check
+from jaxadv.core.jaxprs import held
 
 AxisName = str | tuple[str, ...] | None
 """What a step gets as `axis_name`: one mapped axis, several, or None when it sees the whole batch."""
@@ -558,14 +558,9 @@ def _splits_wrongly(jaxpr: Any) -> bool:
                 return True
         if eqn.primitive.name == "shard_map":  # split by hand: right
             continue
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(value) and _splits_wrongly(getattr(value, "jaxpr", value)):
-                return True
+        if any(_splits_wrongly(inner) for value in eqn.params.values() for inner in held(value)):
+            return True
     return False
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr))
 
 
 def _explicit(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...]):

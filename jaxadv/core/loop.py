@@ -20,6 +20,7 @@ from jax.extend import core as jex
 
 from jaxadv.core import check
 from jaxadv.core.convolution import canonical_convolution
+from jaxadv.core.jaxprs import bind, held, read
 
 _INNER = {  # higher-order primitives to rebuild, and the parameters that hold their closed jaxprs
     "scan": ("jaxpr",),
@@ -110,7 +111,7 @@ def _prepared(step: Callable, state: Any) -> Callable:
     def body(state):
         inside = known | dict(zip(closed.jaxpr.invars, jax.tree.leaves(state), strict=True))
         _work(rest, inside)
-        return jax.tree.unflatten(jax.tree.structure(shape), [_read(v, inside) for v in closed.jaxpr.outvars])
+        return jax.tree.unflatten(jax.tree.structure(shape), [read(v, inside) for v in closed.jaxpr.outvars])
 
     return body
 
@@ -137,38 +138,17 @@ def _split(jaxpr: Any, fixed: set) -> tuple[list, list, list]:
     return moved, rest, list(dict.fromkeys(a for a in used if not isinstance(a, jex.Literal) and a in made))
 
 
-def _read(atom: Any, known: dict) -> Any:
-    return atom.val if isinstance(atom, jex.Literal) else known[atom]
-
-
 def _work(equations: list, known: dict) -> None:
     """Evaluate equations as they are, adding to what is known."""
     for eqn in equations:
-        out = _bind(eqn, [_read(a, known) for a in eqn.invars], eqn.params)
+        out = bind(eqn, [read(a, known) for a in eqn.invars], eqn.params)
         known.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
-
-
-def _bind(eqn: Any, values: list, params: dict) -> Any:
-    bound = eqn.primitive.get_bind_params(params)
-    functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.10 returns a pair for some primitives
-    return eqn.primitive.bind(*functions, *values, **bound)
-
-
-def _jaxprs(value: Any) -> list:
-    """The open jaxprs that a parameter of a primitive holds."""
-    if isinstance(value, jex.ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, jex.Jaxpr):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [j for v in value for j in _jaxprs(v)]
-    return []
 
 
 def _has_convolution(jaxpr: Any) -> bool:
     return any(
         eqn.primitive.name == "conv_general_dilated"
-        or any(_has_convolution(j) for value in eqn.params.values() for j in _jaxprs(value))
+        or any(_has_convolution(j) for value in eqn.params.values() for j in held(value))
         for eqn in jaxpr.eqns
     )
 
@@ -179,17 +159,17 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any, form: str | None) -> list:
 
     known.update(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     for eqn in jaxpr.eqns:
-        values = [_read(atom, known) for atom in eqn.invars]
+        values = [read(atom, known) for atom in eqn.invars]
         out = _equation(eqn, values, form)
         known.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
-    return [_read(atom, known) for atom in jaxpr.outvars]
+    return [read(atom, known) for atom in jaxpr.outvars]
 
 
 def _equation(eqn: Any, values: list, form: str | None) -> Any:
     name, params = eqn.primitive.name, eqn.params
     if name == "conv_general_dilated":
         return canonical_convolution(values[0], values[1], params, form)
-    inner = [j for value in params.values() for j in _jaxprs(value)]
+    inner = [j for value in params.values() for j in held(value)]
     if any(_has_convolution(j) for j in inner):
         if name in _INLINE:
             closed = params.get("jaxpr", params.get("call_jaxpr"))
@@ -198,7 +178,7 @@ def _equation(eqn: Any, values: list, form: str | None) -> Any:
             params = params | {p: _rewrite(params[p], form) for p in _INNER[name]}
             if name == "while":
                 values, params = _lightened(values, params)
-    return _bind(eqn, values, params)
+    return bind(eqn, values, params)
 
 
 def _lightened(values: list, params: dict) -> tuple[list, dict]:
@@ -216,7 +196,7 @@ def _lightened(values: list, params: dict) -> tuple[list, dict]:
     def body(*args):
         inside = known | dict(zip([*given[:few], *needed, *given[few:]], args, strict=True))
         _work(rest, inside)
-        return [_read(v, inside) for v in closed.jaxpr.outvars]
+        return [read(v, inside) for v in closed.jaxpr.outvars]
 
     new = jax.make_jaxpr(body)(*(_like(v.aval) for v in [*given[:few], *needed, *given[few:]]))
     params = params | {"body_jaxpr": new, "body_nconsts": few + len(needed)}

@@ -265,11 +265,20 @@ def batches(
         return batch if place is None else place(batch)
 
     steps = itertools.count(start) if epochs is None else iter(range(start, epochs * per_epoch))
-    return _read_ahead(read, steps, prefetch)
+    return read_ahead(read, steps, prefetch)
 
 
-def _read_ahead(read: Callable[[int], Any], steps: Iterator[int], depth: int) -> Generator[Any, None, None]:
-    """Yield `read(step)` in order while one thread works on the next `depth` steps."""
+def read_ahead(read: Callable[[int], Any], steps: Iterator[int], depth: int) -> Generator[Any, None, None]:
+    """Yield `read(step)` in order while one thread works on the next steps.
+
+    Args:
+      read: what makes a batch of the number of a step.
+      steps: numbers of steps.
+      depth: how many to work ahead; 0 uses no thread.
+
+    Yields:
+      What `read` made.
+    """
     if depth == 0:
         yield from map(read, steps)
         return

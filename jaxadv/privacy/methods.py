@@ -31,7 +31,7 @@ from jax.extend import core as jex
 
 from jaxadv import parallel
 from jaxadv.core import PyTree
-from jaxadv.core.loop import _bind
+from jaxadv.core.jaxprs import bind
 from jaxadv.privacy import uses as layers
 from jaxadv.privacy.uses import Graph, row_norm, wide
 
@@ -352,13 +352,13 @@ def _backward(graph: Graph, known: dict, rows: list, axis_name) -> tuple[Any, di
                 return known[atom]
             for eqn in graph.chain(atom):
                 if eqn.outvars[0] not in seen_free:
-                    seen_free[eqn.outvars[0]] = _bind(eqn, [seen_free[eqn.invars[0]]], eqn.params)
+                    seen_free[eqn.outvars[0]] = bind(eqn, [seen_free[eqn.invars[0]]], eqn.params)
             return seen_free[atom]
 
         met = {}
         for eqn in graph.inner:
             use, live = tapped.get(id(eqn)), bool(graph.live.intersection(eqn.outvars))
-            out = _bind(eqn, [read(a, live and use is None) for a in eqn.invars], eqn.params)
+            out = bind(eqn, [read(a, live and use is None) for a in eqn.invars], eqn.params)
             if use is not None:
                 met[id(eqn)], out = read(use.other, False), out + taps[id(eqn)]
             seen.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))

@@ -23,7 +23,7 @@ from jaxtyping import Int32
 
 from jaxadv import data as data_room
 from jaxadv.core import check
-from jaxadv.data.pipeline import _read_ahead
+from jaxadv.data.pipeline import read_ahead
 
 TAIL = 1e-25
 """A sampler without truncation gets so many rows that a sample overflows them with at most this probability."""
@@ -227,4 +227,4 @@ def batches(
         batch = data_room.make_batch(source, sampler.positions(seed, step), sampler.rows, process=process)
         return batch if place is None else place(batch)
 
-    return _read_ahead(read, itertools.count(start), prefetch)
+    return read_ahead(read, itertools.count(start), prefetch)

@@ -33,7 +33,7 @@ from jax import lax
 from jax.extend import core as jex
 
 from jaxadv.core import PyTree
-from jaxadv.core.loop import _bind, _jaxprs, _read
+from jaxadv.core.jaxprs import bind, held, read
 
 _INLINE = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 _LAYOUT = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy", "rev")
@@ -193,21 +193,21 @@ def _inlined(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list:
     """Evaluate a program with the calls in it opened; custom derivatives stay closed."""
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     for eqn in jaxpr.eqns:
-        values = [_read(atom, known) for atom in eqn.invars]
+        values = [read(atom, known) for atom in eqn.invars]
         if eqn.primitive.name in _INLINE:
-            held = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            is_open = not hasattr(held, "consts")
-            out = _inlined(*((held, ()) if is_open else (held.jaxpr, held.consts)), values)
+            called = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            is_open = not hasattr(called, "consts")
+            out = _inlined(*((called, ()) if is_open else (called.jaxpr, called.consts)), values)
         else:
-            out = _bind(eqn, values, eqn.params)
+            out = bind(eqn, values, eqn.params)
             out = out if eqn.primitive.multiple_results else [out]
         known.update(zip(eqn.outvars, out, strict=True))
-    return [_read(atom, known) for atom in jaxpr.outvars]
+    return [read(atom, known) for atom in jaxpr.outvars]
 
 
 def _evaluate(equations: Sequence[Any], known: dict) -> None:
     for eqn in equations:
-        out = _bind(eqn, [_read(a, known) for a in eqn.invars], eqn.params)
+        out = bind(eqn, [read(a, known) for a in eqn.invars], eqn.params)
         known.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
 
 
@@ -263,8 +263,8 @@ def _split(closed: Any, count: int) -> Graph:
 
 def convolves(eqn: Any) -> bool:
     """Whether an equation is a convolution or holds one."""
-    held = [j for value in eqn.params.values() for j in _jaxprs(value)]
-    return eqn.primitive.name == "conv_general_dilated" or any(convolves(e) for j in held for e in j.eqns)
+    inner = [e for value in eqn.params.values() for j in held(value) for e in j.eqns]
+    return eqn.primitive.name == "conv_general_dilated" or any(convolves(e) for e in inner)
 
 
 def _kind(eqn: Any, place: int) -> str | None:
@@ -294,11 +294,11 @@ def wide(value: Any) -> Any:
 def _apply(use: Use, root: Any, other: Any) -> Any:
     """The use as a function of its root, for one example, in at least float32."""
     for eqn in use.chain:
-        root = root if eqn.primitive.name == "convert_element_type" else _bind(eqn, [root], eqn.params)
+        root = root if eqn.primitive.name == "convert_element_type" else bind(eqn, [root], eqn.params)
     params = use.eqn.params
     if "preferred_element_type" in params:
         params = params | {"preferred_element_type": None}
-    return _bind(use.eqn, [root, other] if use.place == 0 else [other, root], params)
+    return bind(use.eqn, [root, other] if use.place == 0 else [other, root], params)
 
 
 def formed(use: Use, root: Any, others: Any, cotangents: Any) -> Any:
@@ -326,7 +326,7 @@ def rows(use: Use, root: Any, other: Any, cotangent: Any) -> Any:
     for eqn in reversed(use.chain):  # undo the layout
         if eqn.primitive.name != "convert_element_type":
             like = jax.ShapeDtypeStruct(eqn.invars[0].aval.shape, grad.dtype)
-            grad = jax.linear_transpose(lambda a, eqn=eqn: _bind(eqn, [a], eqn.params), like)(grad)[0]
+            grad = jax.linear_transpose(lambda a, eqn=eqn: bind(eqn, [a], eqn.params), like)(grad)[0]
     return grad
 
 
