@@ -89,6 +89,13 @@ def pytest_runtest_call(item):
     item.user_properties.append(("seconds", spent))
 
 
+def pytest_collection_finish(session):
+    """Programs and their traces live long: look for garbage among new objects only, and seldom."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 MAPS = Path("/proc/self/maps")
 MANY = 36_000
 """Memory maps of a process at which compiled programs are let go: Linux ends a process at 65,530."""

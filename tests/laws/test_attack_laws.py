@@ -379,7 +379,7 @@ SOME = [pytest.param(a, t, id=f"{a}-{t}") for a, t in [*(("pgd", t) for t in ALL
 MORE = [
     pytest.param(a, t, id=f"{a}-{t}", marks=pytest.mark.slow)
     for a, t in TABLE
-    if a in ("apgd_ce", "fab") or a in ("fab_t", "vmi_fgsm", *MINIMUM) and (a, t) == FIRST[a]
+    if a in ("apgd_ce", "fab", "fab_t", "vmi_fgsm", *MINIMUM) and (a, t) == FIRST[a] or (a, t) == ("apgd_ce", "l1")
 ]
 transforms = pytest.mark.parametrize(("attack", "threat"), SOME + MORE, scope="module")
 
