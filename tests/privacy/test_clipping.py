@@ -408,7 +408,7 @@ def test_without_varying_masked_rows_leak_and_one_example_passes_the_bound(monke
 
 
 def test_the_compiler_still_splits_per_example_convolutions_wrongly():
-    # Why `compile_step` refuses them. If this test fails, jax was mended: lift the refusal in `parallel._guarded`.
+    # Why `compile_step` refuses them. If this test fails, jax was mended: lift the refusal in `parallel/executors.py`.
     params, batch = setup("conv")
     mesh = parallel.make_mesh(4)
     same, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
