@@ -10,7 +10,8 @@ from typing import Any
 import optax
 
 from jaxadv import privacy
-from jaxadv.train import augment, objectives, recipes
+from jaxadv.train import augment, objectives
+from jaxadv.train.assembly import assemble, judge, linf, network, passes
 
 DP_MEAN = (0.49139968, 0.48215841, 0.44653091)
 DP_STD = (0.24703223, 0.24348513, 0.26158784)
@@ -20,32 +21,33 @@ WRN_STEPS = {1.0: 875, 2.0: 1125, 3.0: 1593, 4.0: 1687, 6.0: 1843, 8.0: 2468}
 
 
 def _private(
-    data, validation, overrides, *, trainable, size, steps_of, spends, threat, lr, views=1, clip_norm, **more
+    data, validation, overrides, *, size, budget, devices, threat, lr, views, clip_norm, accumulate=1, **more
 ) -> dict[str, Any]:
     """What the private recipes share: a plan for the data, SGD without momentum, an average that forgets its start."""
-    if validation is None:
-        data, validation = recipes.hold_out(data)
-    size = overrides.get("batch_size", min(size, max(1, len(data) // 10)))
-    steps = overrides.get("steps", steps_of(len(data) / size))
-    accumulate = overrides.get("accumulate", more.get("accumulate", 1))
-    multiple = accumulate * spends.pop("devices")
-    plan = overrides.get("private") or privacy.plan(
-        len(data), size=size, steps=steps, clip_norm=clip_norm, rescale=True, views=views, multiple=multiple, **spends
-    )
-    return recipes._assemble(
+
+    def plan(n, size, steps):
+        multiple = overrides.get("accumulate", accumulate) * devices
+        return privacy.plan(
+            n, size=size, steps=steps, clip_norm=clip_norm, rescale=True, views=views, multiple=multiple, **budget
+        )
+
+    return assemble(
         data,
         validation,
-        overrides | {"batch_size": size, "steps": steps},
-        lambda _: steps,
-        trainable=overrides.get("trainable") or trainable(data),
+        overrides,
+        batch_size=lambda n: min(size, max(1, n // 10)),
         objective=lambda _: objectives.standard(),
         optimizer=lambda _: optax.sgd(lr),
-        batch_size=size,
-        attack=recipes._judge(threat, 10),
+        attack=judge(threat, 10),
         ema=0.999,
         private=plan,
+        accumulate=accumulate,
         **more,
     )
+
+
+def _budget(epsilon, delta, noise_multiplier, accountant) -> dict[str, Any]:
+    return {"epsilon": epsilon, "delta": delta, "noise_multiplier": noise_multiplier, "accountant": accountant}
 
 
 def dp_mnist(
@@ -94,25 +96,20 @@ def dp_mnist(
     References:
       Abadi et al. 2016, Deep learning with differential privacy, arXiv:1607.00133. De et al. 2022, arXiv:2204.13650.
     """
-    epochs = 20 if epochs is None else epochs
     return _private(
         data,
         validation,
         overrides,
-        trainable=lambda data: recipes._net(net, seed, data),
+        trainable=network(net, seed),
         size=512,
-        steps_of=recipes._sizer(epochs),
-        spends=_spends(epsilon, delta, noise_multiplier, accountant, devices),
-        threat=recipes._linf(eps, 0.3, data),
+        steps=passes(20 if epochs is None else epochs, poisson=True),
+        budget=_budget(epsilon, delta, noise_multiplier, accountant),
+        devices=devices,
+        threat=linf(eps, 0.3, data),
         lr=lr,
         views=views,
         clip_norm=clip_norm,
     )
-
-
-def _spends(epsilon, delta, noise_multiplier, accountant, devices) -> dict[str, Any]:
-    given = {"epsilon": epsilon, "delta": delta, "noise_multiplier": noise_multiplier, "accountant": accountant}
-    return given | {"devices": devices}
 
 
 def dp_cifar10_wrn16_4(
@@ -164,17 +161,17 @@ def dp_cifar10_wrn16_4(
       De, Berrada, Hayes, Smith and Balle 2022, Unlocking high-accuracy differentially private image classification
       through scale, arXiv:2204.13650; code google-deepmind/jax_privacy.
     """
-    scale = {"mean": DP_MEAN, "std": DP_STD}
     nearest = min(WRN_STEPS, key=lambda known: abs(known - (8.0 if epsilon is None else epsilon)))
     return _private(
         data,
         validation,
         overrides,
-        trainable=lambda data: recipes._net("wide_resnet_private", seed, data, depth=16, width=width, **scale),
+        trainable=network("wide_resnet_private", seed, depth=16, width=width, mean=DP_MEAN, std=DP_STD),
         size=4096,
-        steps_of=(lambda _: WRN_STEPS[nearest]) if epochs is None else recipes._sizer(epochs),
-        spends=_spends(epsilon, delta, noise_multiplier, accountant, devices),
-        threat=recipes._linf(eps, 8 / 255, data),
+        steps=(lambda n, size: WRN_STEPS[nearest]) if epochs is None else passes(epochs, poisson=True),
+        budget=_budget(epsilon, delta, noise_multiplier, accountant),
+        devices=devices,
+        threat=linf(eps, 8 / 255, data),
         lr=lr,
         views=views,
         clip_norm=1.0,

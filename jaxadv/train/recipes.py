@@ -1,83 +1,30 @@
 """Published training recipes by name: functions of the data that return the arguments of `fit`.
 
-What lives here: settings, with their source. What does not: any mechanism. `fit(key, **fast_mnist(data))` trains as
-published; every setting can be overridden by name. Where a recipe departs from its source, its docstring says so.
+What lives here: settings, with their source. What does not: any mechanism (`assembly.py` puts settings together).
+`fit(key, **fast_mnist(data))` trains as published; every setting can be overridden by name. Where a recipe departs from
+its source, its docstring says so.
 
 All recipes normalize inside the network, so budgets are in the range of the data, and judge on a validation source
 (given, or held out of the training data): never on the test set.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
-from jaxadv import attacks, continuous, models, threats
-from jaxadv import data as data_room
-from jaxadv.core import Threat, Trainable, check
+from jaxadv import attacks, continuous
+from jaxadv.core import Threat, check
 from jaxadv.train import augment, objectives, schedules
-from jaxadv.train.driver import Collapse, fit
+from jaxadv.train.assembly import assemble, judge, linf, network, passes
+from jaxadv.train.assembly import hold_out as hold_out
+from jaxadv.train.driver import Collapse
 from jaxadv.train.private_recipes import dp_cifar10_wrn16_4, dp_mnist
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
-_VALIDATION = 500
-
-
-def hold_out(data: Any, n: int = 1000) -> tuple[Any, Any]:
-    """Take a fixed, class-balanced part of the training data away for validation.
-
-    Args:
-      data: a `Source`.
-      n: examples to hold out, at most a tenth of the data.
-
-    Returns:
-      (training source, validation source), disjoint.
-    """
-    held = data_room.balanced_order(data.y, 0)[: max(1, min(n, len(data) // 10))]
-    rest = np.ones(len(data), bool)
-    rest[held] = False
-    return data.subset(rest), data.subset(np.sort(held))
-
-
-def _assemble(
-    data: Any, validation: Any, overrides: dict[str, Any], steps_of: Callable, **settings: Any
-) -> dict[str, Any]:
-    """Put the arguments of `fit` together: hold out validation data, size the run, apply overrides."""
-    valid = [name for name in inspect.signature(fit).parameters if name != "key"]
-    for name in overrides:
-        if name not in valid:
-            check.choice("setting of fit", name, valid)
-    if validation is None:
-        data, validation = hold_out(data)
-    validation = data_room.evaluation_subset(validation, min(_VALIDATION, len(validation)))
-    batch_size = overrides.get("batch_size", settings.pop("batch_size"))
-    steps = overrides.get("steps", None)
-    steps = steps_of(data_room.steps_per_epoch(len(data), batch_size)) if steps is None else steps
-    made = {k: v(steps) if k in ("optimizer", "objective") else v for k, v in settings.items()}
-    return {"data": data, "validation": validation, "batch_size": batch_size, "steps": steps} | made | overrides
-
-
-def _net(name: str, seed: int, data: Any, **options: Any) -> Trainable:
-    return models.create(name, jax.random.key(seed), shape=data.shape, classes=data.classes, **options)
-
-
-def _sizer(epochs: float) -> Callable[[int], int]:
-    check.positive("epochs", epochs)
-    return lambda per_epoch: max(1, round(epochs * per_epoch))
-
-
-def _linf(eps: float | None, default: float, data: Any) -> Threat:
-    return threats.linf(default if eps is None else eps, (float(data.bounds[0]), float(data.bounds[1])))
-
-
-def _judge(threat: Threat, steps: int = 20) -> Any:
-    """The attack that chooses weights: PGD from a random start, cheap enough to run ten times in a run."""
-    return attacks.pgd(threat, steps=steps, name="validation")
 
 
 def _watch(threat: Threat, every: int, action: str) -> Collapse:
@@ -90,16 +37,16 @@ def _watch(threat: Threat, every: int, action: str) -> Collapse:
 
 def _mnist(data, objective, threat, *, seed, validation, epochs, lr_max, net, overrides, **more) -> dict[str, Any]:
     """What the MNIST recipes of Wong et al. share: network, batch, Adam, rate 0 -> lr_max -> 0 with the peak at 2/5."""
-    return _assemble(
+    return assemble(
         data,
         validation,
         overrides,
-        _sizer(epochs),
-        trainable=_net(net, seed, data),
+        steps=passes(epochs),
+        trainable=network(net, seed),
         objective=objective,
         optimizer=lambda steps: optax.adam(schedules.triangular(lr_max, steps, peak=0.4)),
         batch_size=100,
-        attack=_judge(threat),
+        attack=judge(threat),
         **more,
     )
 
@@ -133,7 +80,7 @@ def standard_mnist(
     References:
       Wong, Rice and Kolter 2020, arXiv:2001.03994; code locuslab/fast_adversarial, MNIST/train_mnist.py.
     """
-    threat = _linf(eps, 0.3, data)
+    threat = linf(eps, 0.3, data)
     return _mnist(
         data,
         lambda _: objectives.standard(),
@@ -208,7 +155,7 @@ def fast_mnist(
       Wong, Rice and Kolter 2020, Fast is better than free, arXiv:2001.03994, section 5.1; code
       locuslab/fast_adversarial, MNIST/train_mnist.py.
     """
-    threat = _linf(eps, 0.3, data)
+    threat = linf(eps, 0.3, data)
     check.whole("attack_steps", attack_steps)
     check.fraction("growth", growth)
 
@@ -270,7 +217,7 @@ def pgd_mnist(
     References:
       Madry et al. 2018, arXiv:1706.06083, section 5; code MadryLab/mnist_challenge. Wong et al. 2020, arXiv:2001.03994.
     """
-    threat = _linf(eps, 0.3, data)
+    threat = linf(eps, 0.3, data)
     attack = attacks.pgd(threat, steps=attack_steps, step_size=step_size, keep="last", name="pgd_at")
     return _mnist(
         data, lambda _: objectives.pgd_at(attack), threat, seed=seed, validation=validation, epochs=epochs,
@@ -283,16 +230,16 @@ def pgd_mnist(
 
 def _digits(data, objective, threat, *, seed, validation, epochs, net, overrides, **more) -> dict[str, Any]:
     """What the digits recipes share: a small network, Adam, rate 0 -> 5e-3 -> 0 with the peak at 2/5, batch 64."""
-    return _assemble(
+    return assemble(
         data,
         validation,
         overrides,
-        _sizer(epochs),
-        trainable=_net(net, seed, data),
+        steps=passes(epochs),
+        trainable=network(net, seed),
         objective=lambda _: objective,
         optimizer=lambda steps: optax.adam(schedules.triangular(5e-3, steps, peak=0.4)),
         batch_size=64,
-        attack=_judge(threat),
+        attack=judge(threat),
         **more,
     )
 
@@ -314,7 +261,7 @@ def standard_digits(
     Returns:
       The arguments of `fit`.
     """
-    threat = _linf(eps, 0.15, data)
+    threat = linf(eps, 0.15, data)
     return _digits(
         data,
         objectives.standard(),
@@ -347,7 +294,7 @@ def fast_digits(
     References:
       Wong, Rice and Kolter 2020, arXiv:2001.03994.
     """
-    threat = _linf(eps, 0.15, data)
+    threat = linf(eps, 0.15, data)
     return _digits(
         data, objectives.fgsm_rs(threat), threat, seed=seed, validation=validation, epochs=epochs, net=net,
         overrides=overrides, collapse=_watch(threat, 100, "warn"),
@@ -383,7 +330,7 @@ def pgd_digits(
     References:
       Madry et al. 2018, arXiv:1706.06083.
     """
-    threat = _linf(eps, 0.15, data)
+    threat = linf(eps, 0.15, data)
     objective = objectives.pgd_at(attacks.pgd(threat, steps=attack_steps, keep="last", name="pgd_at"))
     return _digits(
         data, objective, threat, seed=seed, validation=validation, epochs=epochs, net=net, overrides=overrides
@@ -402,18 +349,16 @@ def _cifar10(
     data, objective, threat, *, seed, validation, epochs, rate, shortcut, width, overrides, **more
 ) -> dict[str, Any]:
     """What the CIFAR-10 recipes share: PreActResNet-18, batch 128, momentum, decay 5e-4, crop and flip."""
-    return _assemble(
+    return assemble(
         data,
         validation,
         overrides,
-        _sizer(epochs),
-        trainable=_net(
-            "preact_resnet18", seed, data, mean=CIFAR10_MEAN, std=CIFAR10_STD, shortcut=shortcut, width=width
-        ),
+        steps=passes(epochs),
+        trainable=network("preact_resnet18", seed, mean=CIFAR10_MEAN, std=CIFAR10_STD, shortcut=shortcut, width=width),
         objective=lambda _: objective,
         optimizer=lambda steps: _torch_sgd(rate(steps), 5e-4),
         batch_size=128,
-        attack=_judge(threat, 10),
+        attack=judge(threat, 10),
         augment=augment.chain(augment.crop(4), augment.flip()),
         **more,
     )
@@ -458,7 +403,7 @@ def fast_cifar10(
       Wong, Rice and Kolter 2020, Fast is better than free, arXiv:2001.03994, section 5.2; code
       locuslab/fast_adversarial, CIFAR10/train_fgsm.py.
     """
-    threat = _linf(eps, 8 / 255, data)
+    threat = linf(eps, 8 / 255, data)
     half = max(1, len(data) // (2 * overrides.get("batch_size", 128)))
     return _cifar10(
         data,
@@ -511,7 +456,7 @@ def pgd_cifar10(
       Rice, Wong and Kolter 2020, Overfitting in adversarially robust deep learning, arXiv:2002.11569; code
       locuslab/robust_overfitting, train_cifar.py.
     """
-    threat = _linf(eps, 8 / 255, data)
+    threat = linf(eps, 8 / 255, data)
     attack = attacks.pgd(threat, steps=10, step_size=threat.eps / 4, keep="last", name="pgd_at")
     return _cifar10(
         data,
@@ -534,17 +479,20 @@ def pgd_cifar10(
 
 def _ode(data, name, options, threat, *, seed, validation, epochs, optimizer, objective, overrides) -> dict[str, Any]:
     """What the recipes of continuous depth share: a network of that room, batch 128, a short attack for validation."""
-    made = {"shape": data.shape, "classes": data.classes, **options}
-    return _assemble(
+
+    def trainable(data):
+        return continuous.create(name, jax.random.key(seed), shape=data.shape, classes=data.classes, **options)
+
+    return assemble(
         data,
         validation,
         overrides,
-        _sizer(epochs),
-        trainable=continuous.create(name, jax.random.key(seed), **made),
+        steps=passes(epochs),
+        trainable=trainable,
         objective=objective,
         optimizer=optimizer,
         batch_size=128,
-        attack=_judge(threat, 10),
+        attack=judge(threat, 10),
     )
 
 
@@ -582,7 +530,7 @@ def odenet_mnist(
         data,
         "odenet_mnist",
         {},
-        _linf(eps, 0.3, data),
+        linf(eps, 0.3, data),
         seed=seed,
         validation=validation,
         epochs=epochs,
@@ -630,7 +578,7 @@ def tisode_mnist(
         data,
         "odenet_tis",
         TIS_OPTIONS,
-        _linf(eps, 0.3, data),
+        linf(eps, 0.3, data),
         seed=seed,
         validation=validation,
         epochs=epochs,
@@ -668,17 +616,21 @@ def zerosnet_cifar10(
       arXiv:2206.13100; code LongJin-lab/ZeroSNet, where the flag for the decay has no effect.
     """
     options = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD, "widths": (width, 2 * width, 4 * width)}
-    made = {"shape": data.shape, "classes": data.classes, "coefficients": coefficients, **options}
-    return _assemble(
+
+    def trainable(data):
+        made = {"shape": data.shape, "classes": data.classes, "coefficients": coefficients, **options}
+        return continuous.zerosnet(jax.random.key(seed), **made)
+
+    return assemble(
         data,
         validation,
         overrides,
-        _sizer(epochs),
-        trainable=continuous.zerosnet(jax.random.key(seed), **made),
+        steps=passes(epochs),
+        trainable=trainable,
         objective=lambda _: objectives.standard(),
         optimizer=lambda steps: _torch_sgd(schedules.piecewise(lr, steps), 5e-4),
         batch_size=128,
-        attack=_judge(_linf(eps, 8 / 255, data), 10),
+        attack=judge(linf(eps, 8 / 255, data), 10),
         augment=augment.chain(augment.crop(4), augment.flip()),
     )
 
