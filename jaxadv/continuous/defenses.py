@@ -20,6 +20,7 @@ from jaxadv import attacks, losses
 from jaxadv.continuous.solve import SolveCfg, ode_solve
 from jaxadv.core import Attack, Model, Threat, Trainable, check
 from jaxadv.core.rows import flat
+from jaxadv.models import group_norm
 from jaxadv.models.adapt import Static
 
 Partial = jax.tree_util.Partial
@@ -257,27 +258,6 @@ def lyanet_loss(
 # --------------------------------------------------------------------------------------------------------------- SONet
 
 
-def group_norm(x: Any, scale: Any, bias: Any, groups: int = 8, eps: float = 1e-5) -> Any:
-    """Normalize each row over space and the channels of a group; `models.GroupNorm` as a function of its arrays.
-
-    Args:
-      x: `[b, h, w, c]`.
-      scale: `[c]`.
-      bias: `[c]`.
-      groups: at most so many; the largest divisor of c is used.
-      eps: added to the variance.
-
-    Returns:
-      `[b, h, w, c]`.
-    """
-    c = x.shape[-1]
-    groups = max(g for g in range(1, min(groups, c) + 1) if c % g == 0)
-    z = x.reshape(x.shape[0], -1, groups, c // groups)
-    z = z - z.mean((1, 3), keepdims=True)
-    z = z * lax.rsqrt(jnp.square(z).mean((1, 3), keepdims=True) + eps)
-    return z.reshape(x.shape) * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)
-
-
 _MAPS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -313,8 +293,8 @@ def sonet_field(params: Any, t: Any, u: Any) -> Any:
     """
     del t
     scale, bias = params["scale"], params["bias"]
-    moved = skew_convolution(params["kernel"], group_norm(u, scale[0], bias[0]))
-    return group_norm(moved, scale[1], bias[1])
+    moved = skew_convolution(params["kernel"], group_norm(u, scale[0], bias[0], groups=8))
+    return group_norm(moved, scale[1], bias[1], groups=8)
 
 
 def sonet_init(key, channels: int) -> dict[str, Any]:

@@ -20,10 +20,10 @@ import optax
 from jax import lax
 
 from jaxadv import attacks
-from jaxadv.continuous.defenses import group_norm
 from jaxadv.continuous.solve import SolveCfg, ode_solve
 from jaxadv.core import Attack, Model, Threat, check
 from jaxadv.core.rows import flat
+from jaxadv.models import group_norm
 from jaxadv.models.adapt import Static
 
 Partial = jax.tree_util.Partial

@@ -22,6 +22,7 @@ from jaxadv.models.hosted import black_box as black_box
 from jaxadv.models.norms import BatchNorm as BatchNorm
 from jaxadv.models.norms import Dropout as Dropout
 from jaxadv.models.norms import GroupNorm as GroupNorm
+from jaxadv.models.norms import group_norm as group_norm
 from jaxadv.models.weights import from_torch_arrays as from_torch_arrays
 from jaxadv.models.weights import load as load
 from jaxadv.models.weights import save as save

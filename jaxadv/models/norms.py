@@ -179,6 +179,33 @@ class BatchNorm(Layer):
             old[...] = jnp.where(groups > 0, moved, old[...]).astype(old[...].dtype)
 
 
+def _even(groups: int, channels: int) -> int:
+    """The largest number of groups of one size that is not above the one asked for."""
+    return max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0)
+
+
+def group_norm(x: Any, scale: Any, bias: Any, *, groups: int, eps: float = 1e-5) -> Any:
+    """Normalize each row over space and the channels of a group: `GroupNorm` as a function of its arrays.
+
+    Args:
+      x: `[b, ..., c]`.
+      scale: `[c]`.
+      bias: `[c]`.
+      groups: the largest divisor of c that is not above this is used.
+      eps: added to the variance.
+
+    Returns:
+      An array like `x`; computed in float32 at least.
+    """
+    z = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    groups = _even(groups, x.shape[-1])
+    z = z.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    center = z - z.mean((1, 3), keepdims=True)
+    z = center * lax.rsqrt(jnp.square(center).mean((1, 3), keepdims=True) + eps)
+    scale, bias = (_columns(v.astype(z.dtype), x.ndim) for v in (scale, bias))
+    return (z.reshape(x.shape) * scale + bias).astype(x.dtype)
+
+
 class GroupNorm(Layer):
     """Group normalization: each example on its own, over space and the channels of a group. No state; fit for DP.
 
@@ -195,17 +222,11 @@ class GroupNorm(Layer):
         check.whole("groups", groups)
         self.scale = nnx.Param(jnp.ones(features))
         self.bias = nnx.Param(jnp.zeros(features))
-        self.groups = max(g for g in range(1, min(groups, features) + 1) if features % g == 0)
-        self.eps = eps
+        self.groups, self.eps = _even(groups, features), eps
 
     def __call__(self, x):
         """Normalize each row of `x` `[b, ..., c]`."""
-        z = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        z = z.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
-        center = z - z.mean((1, 3), keepdims=True)
-        z = center * lax.rsqrt(jnp.square(center).mean((1, 3), keepdims=True) + self.eps)
-        scale, bias = (_columns(v[...].astype(z.dtype), x.ndim) for v in (self.scale, self.bias))
-        return (z.reshape(x.shape) * scale + bias).astype(x.dtype)
+        return group_norm(x, self.scale[...], self.bias[...], groups=self.groups, eps=self.eps)
 
 
 class NoNorm(Layer):

@@ -226,6 +226,9 @@ def test_group_norm_is_the_formula_and_sees_one_row(x):
     np.testing.assert_allclose(layer(x), want.reshape(x.shape), atol=2e-6)
     np.testing.assert_allclose(layer(x[:1]), layer(x)[:1], atol=1e-6)
     assert layer(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    scale, bias = np.linspace(-1, 2, 6, dtype=np.float32), np.linspace(0, 1, 6, dtype=np.float32)
+    moved = models.group_norm(x, scale, bias, groups=4)
+    np.testing.assert_allclose(moved, want.reshape(x.shape) * scale + bias, atol=5e-6)
 
 
 def test_dropout_belongs_to_the_row_of_the_global_batch(key):
