@@ -2,7 +2,7 @@
 
 Also house rules: laws and spine carry the mark `corner`; with `--strict-durations` a test that computes for more than
 five seconds without the mark `slow` fails the run; and XLA compiles quickly rather than well, because most tests
-compile for longer than they compute (`--compile=full` compiles as users do; CI runs `heavy` so).
+compile for longer than they compute (what computes for long runs in a process of its own, compiled as users do).
 """
 
 import os
@@ -16,6 +16,8 @@ _CHECK = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 _HOOK = install_import_hook("jaxadv", _CHECK)
 
 import gc
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,6 +46,20 @@ def key():
 
 
 @pytest.fixture
+def script():
+    """Run a program in a process of its own, compiled and checked as a user's would be; what it prints."""
+
+    def run(program: str) -> str:
+        flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in QUICK)
+        command, environment = [sys.executable, "-c", program], os.environ | {"XLA_FLAGS": flags}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
 def data_root():
     """The folder of real data, or a skip that says what is missing."""
     root = os.environ.get("JAXADV_DATA")
@@ -62,8 +78,6 @@ def pytest_addoption(parser):
         metavar="SECONDS",
         help="fail the run if a test without the mark slow computes for longer (5 if no number is given)",
     )
-
-    parser.addoption("--compile", choices=("quick", "full"), default="quick", help="how well XLA compiles on CPU")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -110,10 +124,8 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 def pytest_configure(config):
-    if (
-        config.getoption("--compile") == "quick"
-    ):  # read when the first array is made; processes that tests start inherit it
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK]).strip()
+    flags = os.environ.get("XLA_FLAGS", "").split()  # read when the first array is made; child processes inherit them
+    os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in QUICK if flag not in flags)])
     config.stash[_LONG] = []
     config.pluginmanager.register(_Durations(config), "durations-of-house")
 

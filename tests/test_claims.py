@@ -70,6 +70,12 @@ def test_the_interval_is_students_t():
     assert framework.interval([3.0]) == (3.0, 3.0, 3.0)
 
 
+def test_arms_that_a_smoke_run_left_out_report_what_its_own_did():
+    numbers = {"b: clean %": [1.0], "other %": [3.0]}
+    assert framework.filled(numbers, ("a", "b")) == numbers | {"a: clean %": [1.0]}
+    assert framework.filled(numbers | {"a: clean %": [2.0]}, ("a", "b"))["a: clean %"] == [2.0]
+
+
 def test_measure_puts_together_what_the_claim_returned(monkeypatch):
     module = framework.load("fast_at")
     asked = {}

@@ -19,7 +19,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,21 @@ def gain(numbers: dict[str, list[float]], better: str, base: str) -> tuple[float
       Mean of the differences, and the ends of their 95 % interval.
     """
     return interval(np.subtract(numbers[better], numbers[base]).tolist())
+
+
+def filled(numbers: dict[str, list[float]], arms: Iterable[str]) -> dict[str, list[float]]:
+    """Give arms that a smoke run left out, because their programs are alike, the numbers of one that it took.
+
+    Args:
+        numbers: `ARM: MEASURE` to one number for each seed.
+        arms: Every arm of the claim.
+
+    Returns:
+        The numbers, with all arms.
+    """
+    some = next(arm for arm in arms if any(key.startswith(f"{arm}: ") for key in numbers))
+    alike = {key[len(some) :]: values for key, values in numbers.items() if key.startswith(f"{some}: ")}
+    return {f"{arm}{what}": list(values) for arm in arms for what, values in alike.items()} | numbers
 
 
 def measure(

@@ -376,7 +376,7 @@ def network(weights, x):
     return x @ weights["dense2/kernel"] + weights["dense2/bias"][None]
 
 
-QUERIES = (500, 1000)  # of those stored
+QUERIES = (500,)  # of those stored
 
 
 @pytest.mark.slow

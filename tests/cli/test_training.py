@@ -270,22 +270,6 @@ def test_a_small_demo(cli, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.heavy
-def test_the_demo_tells_the_two_networks_apart(cli, tmp_path):
-    out = tmp_path / "demo"
-    ran = cli("demo", "--out", out)
-    assert ran.code == 0, ran
-    standard, robust = json.loads((out / "report.json").read_text())["models"]
-    assert standard["n"] == robust["n"] == 360
-    assert standard["clean_accuracy"] > 0.95 and robust["clean_accuracy"] > 0.9
-    assert standard["robust_accuracy"] < 0.2 and robust["robust_accuracy"] > 0.5
-    assert standard["robust_interval"][1] < robust["robust_interval"][0]
-    for model in (standard, robust):
-        assert f"{100 * model['robust_accuracy']:.1f} %" in ran.out
-        assert not [f for f in model["flags"] if f["severity"] == "error"]
-
-
-@pytest.mark.slow
 def test_ctrl_c_in_a_process_of_its_own(tmp_path):
     run = tmp_path / "run"
     words = [

@@ -281,8 +281,8 @@ def test_rows_live_alone_in_a_batch_of_odd_size(threat):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("attack", "threat"), FIRST.values())
-def test_rows_live_alone_in_a_batch_of_odd_size_for_every_attack(attack, threat):
+@pytest.mark.parametrize(("attack", "threat"), [FIRST[a] for a in ATTACKS if a not in (*PARTS, *DEAR)])
+def test_rows_live_alone_in_a_batch_of_odd_size_for_each_kind_of_attack(attack, threat):
     check_rows_live_alone(attack, threat, 33)
 
 
@@ -463,13 +463,12 @@ def test_served_from_slots_is_run(attack, threat):
     a, model = wire(attack, threat, early=True), dense_model()
     x, y, index = batch(np.arange(11))
     want = answer(a, model, np.arange(11))
-    for slots in (3, 5):
-        order = np.random.default_rng(slots).permutation(11)
-        straight = core.serve(a, jax.random.key(0), model, x, y, slots=slots, index=index)
-        same(straight, want)
-        np.testing.assert_array_equal(straight.queries, want.queries)
-        mixed = core.serve(a, jax.random.key(0), model, x[order], y[order], slots=slots, index=index[order])
-        back = jax.tree.map(lambda leaf, o=order: np.asarray(leaf)[np.argsort(o)], mixed)
-        for got, ref in zip(jax.tree.leaves(back), jax.tree.leaves(straight), strict=True):
-            assert got.tobytes() == np.asarray(ref).tobytes()
+    order = np.random.default_rng(3).permutation(11)
+    straight = core.serve(a, jax.random.key(0), model, x, y, slots=3, index=index)
+    same(straight, want)
+    np.testing.assert_array_equal(straight.queries, want.queries)
+    mixed = core.serve(a, jax.random.key(0), model, x[order], y[order], slots=3, index=index[order])
+    back = jax.tree.map(lambda leaf: np.asarray(leaf)[np.argsort(order)], mixed)
+    for got, ref in zip(jax.tree.leaves(back), jax.tree.leaves(straight), strict=True):
+        assert got.tobytes() == np.asarray(ref).tobytes()
     assert len(set(np.asarray(want.queries).tolist())) > 1  # rows finish at different times, so slots are refilled
