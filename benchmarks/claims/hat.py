@@ -20,6 +20,7 @@ from jax import lax
 from jax.tree_util import Partial
 
 import jaxadv as ja
+from jaxadv.train import schedules
 
 CLAIM = {
     "sentence": "Deep denoisers are fragile: a small perturbation without a mean, found by gradients, costs far more "
@@ -112,7 +113,7 @@ def run(settings: dict[str, Any], seeds: tuple[int, ...], smoke: bool) -> dict[s
     attack = ja.attacks.obs_atk(threat, steps=settings["attack_steps"])
     objective = Partial(restoring, most=settings["sigma_max"] / 255)
     steps, batch = settings["steps"], settings["batch"]
-    optimizer = optax.adam(ja.train.schedules.triangular(settings["rate"], steps, peak=0.2))
+    optimizer = optax.adam(schedules.triangular(settings["rate"], steps, peak=0.2))
     ask = jax.jit(lambda model, given: model(given))
     go = jax.jit(lambda key, model, given: attack.run(key, ja.attacks.flattened(model), given, clean).x)
     onto = jax.jit(threat.project)
