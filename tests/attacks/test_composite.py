@@ -29,6 +29,8 @@ def seen(w, x):
 MODEL = Partial(seen, jnp.asarray(W))
 Y = np.asarray(MODEL(X)).argmax(-1).astype(np.int32)
 run = jax.jit(lambda attack, key, model, x, y, index: attack.run(key, model, x, y, index=index))
+images = jax.jit(THREAT.images)
+changes = [jax.jit(part) for part in PARTS]
 
 
 def found_by(attack, threat=THREAT, place=None, key=KEY):
@@ -68,16 +70,16 @@ def test_images_follow_each_rows_order_and_a_soft_order_is_its_mean():
     for i in range(B):
         image = jnp.asarray(X[i : i + 1])
         for which in order[i].astype(int):
-            image = PARTS[which](image, values[which][i : i + 1])
+            image = changes[which](image, values[which][i : i + 1])
         by_hand.append(image[0])
-    out = THREAT.images(point)
+    out = images(point)
     np.testing.assert_allclose(out, np.stack(by_hand), atol=1e-6)
     hard = jnp.asarray(np.eye(3, dtype=np.float32)[order.astype(int)])
-    np.testing.assert_allclose(THREAT.images(point, hard), out, atol=1e-6)
-    assert len(np.unique(np.round(np.asarray(THREAT.images(point))[0], 3))) > 10
+    np.testing.assert_allclose(images(point, hard), out, atol=1e-6)
+    assert len(np.unique(np.round(np.asarray(out)[0], 3))) > 10
     other = point.copy()
     other[:, :3] = order[:, ::-1]
-    assert (np.abs(np.asarray(THREAT.images(other)) - out).reshape(B, -1).max(-1) > 1e-3).mean() > 0.7  # it matters
+    assert (np.abs(np.asarray(images(other)) - out).reshape(B, -1).max(-1) > 1e-3).mean() > 0.7  # it matters
 
 
 SCHEDULED = composite(THREAT, outer=3, inner=2, early=False)
@@ -88,7 +90,7 @@ def test_what_is_found_is_feasible_replays_and_is_verified():
     stored = np.asarray(found.x)
     assert isinstance(SCHEDULED, Composite) and isinstance(behind(THREAT, MODEL), Behind)
     assert core.feasible(THREAT, stored, np.asarray(THREAT.pack(X))).all()
-    logits = np.asarray(MODEL(THREAT.images(stored)))
+    logits = np.asarray(MODEL(images(stored)))
     np.testing.assert_array_equal(found.success, logits.argmax(-1) != Y)
     own = logits[np.arange(B), Y] - np.where(np.eye(4, dtype=bool)[Y], -np.inf, logits).max(-1)
     np.testing.assert_allclose(found.score, own, atol=1e-4)
@@ -103,7 +105,7 @@ def test_what_is_found_is_feasible_replays_and_is_verified():
 def states(attack, n):
     x, keys = THREAT.pack(X), core.example_keys(KEY, attack.name, jnp.arange(B))
     model = behind(THREAT, MODEL)
-    state, walk = attack.init(keys, model, x, jnp.asarray(Y)), []
+    state, walk = jax.jit(attack.init)(keys, model, x, jnp.asarray(Y)), []
     step = jax.jit(lambda s: attack.step(s, model, x, jnp.asarray(Y)))
     for _ in range(n):
         walk.append(state)
@@ -118,9 +120,8 @@ def test_the_schedule_climbs_the_soft_order_by_hand():
     assert (orders[1] != orders[2]).any(-1).mean() > 0.5
     before, after = walk[1], walk[2]
     point = jnp.concatenate([before.point[:, :3], after.point[:, 3:]], -1)  # what the step moved, in the old order
-    grad = jax.grad(lambda mix: jnp.sum(losses.cross_entropy(MODEL(THREAT.images(point, mix)), jnp.asarray(Y))))(
-        before.memory[1]
-    )
+    rise = jax.grad(lambda mix: jnp.sum(losses.cross_entropy(MODEL(images(point, mix)), jnp.asarray(Y))))
+    grad = rise(before.memory[1])
     risen = np.asarray(before.memory[1] + grad, np.float64)
     risen = np.exp(risen - risen.max((1, 2), keepdims=True))
     for _ in range(20):
