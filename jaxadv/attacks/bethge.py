@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
 from jaxadv.attacks.judge import dead
-from jaxadv.attacks.minimum import MinimumNorm, State, ball, cosine
+from jaxadv.attacks.minimum import MinimumNorm, State, ball, cosine, falling
 from jaxadv.core import Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
 
@@ -212,6 +212,5 @@ def brendel_bethge(
     ball(threat, ("l2", "linf"), name)
     check.whole("steps", steps)
     check.whole("bisections", bisections, least=0)
-    if len(rates) != 2 or not rates[0] >= rates[1] > 0:
-        raise ValueError(f"rates must be a falling pair of positive numbers; got {rates}. Swap them?")
+    falling("rates", rates)
     return BrendelBethge(threat=threat, name=name, max_steps=steps, early=early, bisections=bisections, rates=(*rates,))

@@ -81,12 +81,16 @@ def better(
 
 
 class Stepped(Attack):
-    """What attacks share whose states count steps in `step` and know in `broken` who fails."""
+    """What attacks share whose states count steps in `step`; `_found` says which rows need no more of them."""
 
     def done(self, state) -> Bool[Array, " b"]:
-        """A row is done after `max_steps`, or, with `early`, once a failing point (within the budget) is known."""
+        """A row is done after `max_steps`, or, with `early`, once it has found what it looks for."""
         over = state.step >= self.max_steps
-        return over | state.broken if self.early else over
+        return over | self._found(state) if self.early else over
+
+    def _found(self, state) -> Bool[Array, " b"]:
+        """By default a failing point (within the budget)."""
+        return state.broken
 
 
 def dead(grad: Float[Array, "b ..."]) -> Bool[Array, " b"]:

@@ -53,7 +53,7 @@ class MinimumNorm(Stepped):
     """What attacks share that look for the nearest failing point; a kind of step is added by a subclass.
 
     A subclass gives `step`, and where it needs them `_own` (its part of the first state), `_far` (what is to be small,
-    by default the size in the norm of the threat), `_passes` (cost of a step) and `done`.
+    by default the size in the norm of the threat), `_passes` (cost of a step) and `_found` (what `early` waits for).
     """
 
     threat: Threat
@@ -225,6 +225,63 @@ def ball(threat: Threat, norms: tuple[str, ...], name: str, *, fences: bool = Fa
         )
 
 
+def falling(name: str, pair: tuple[float, float]) -> None:
+    """Check a first and a last value of what falls along a cosine.
+
+    Args:
+      name: of the setting.
+      pair: its values.
+
+    Raises:
+      ValueError: if it is no falling pair of positive numbers.
+    """
+    if len(pair) != 2 or not pair[0] >= pair[1] > 0:
+        raise ValueError(f"{name} must be a falling pair of positive numbers; got {pair}. Swap them?")
+
+
+def not_negative(name: str, value: float, hint: str) -> None:
+    """Check a setting that may be 0.
+
+    Args:
+      name: of the setting.
+      value: its value.
+      hint: what is usual, for the message.
+
+    Raises:
+      ValueError: if it is negative or not finite.
+    """
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0; got {value}. {hint}")
+
+
+def rivals(logits: Float[Array, "b k"], y: Int[Array, " b"], count: int) -> Int[Array, "b c"]:
+    """Return the likeliest wrong classes, by falling logit.
+
+    Args:
+      logits: `[b, k]`.
+      y: int `[b]`.
+      count: at most so many; there are `k - 1`.
+
+    Returns:
+      int32 `[b, min(count, k - 1)]`.
+    """
+    others = jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits)
+    return lax.top_k(others, min(count, logits.shape[-1] - 1))[1].astype(jnp.int32)
+
+
+def aim(logits: Float[Array, "b k"], y: Any) -> Int[Array, " b"]:
+    """Return the class to reach.
+
+    Args:
+      logits: `[b, k]` of the clean point.
+      y: int `[b]`, or `Targets`.
+
+    Returns:
+      int32 `[b]`: the target, or the likeliest wrong class.
+    """
+    return y.target.astype(jnp.int32) if isinstance(y, Targets) else rivals(logits, y, 1)[:, 0]
+
+
 # ------------------------------------------------------------------------------------------------------------ DeepFool
 
 
@@ -277,9 +334,7 @@ class DeepFool(MinimumNorm):
         order: Int[Array, "b c"]
 
     def _own(self, logits, x, y):
-        others = jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits)
-        count = min(self.candidates, logits.shape[-1]) - 1
-        return self.Own(total=jnp.zeros_like(x), order=lax.top_k(others, count)[1].astype(jnp.int32))
+        return self.Own(total=jnp.zeros_like(x), order=rivals(logits, y, self.candidates - 1))
 
     def _passes(self, state: State) -> tuple[int, int]:
         return 1, state.own.order.shape[1]
@@ -301,10 +356,8 @@ class DeepFool(MinimumNorm):
             zero_gradient=state.zero_gradient | lost,
         )
 
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after `max_steps`, or, with `early`, once it has crossed a boundary."""
-        over = state.step >= self.max_steps
-        return over | jnp.isfinite(state.distance) if self.early else over
+    def _found(self, state: State) -> Bool[Array, " b"]:
+        return jnp.isfinite(state.distance)  # a boundary is crossed
 
 
 def deepfool(
@@ -343,15 +396,10 @@ def deepfool(
     ball(threat, ("l2", "linf"), name)
     check.whole("steps", steps)
     check.whole("candidates", candidates, least=2)
-    _not_negative("overshoot", overshoot)
+    not_negative("overshoot", overshoot, "The authors take 0.02.")
     return DeepFool(
         threat=threat, name=name, max_steps=steps, early=early, candidates=candidates, overshoot=float(overshoot)
     )
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not value >= 0 or math.isinf(value):
-        raise ValueError(f"{name} must be finite and at least 0; got {value}. Usual values are in the docstring.")
 
 
 # ----------------------------------------------------------------------------------------------------------------- DDN
@@ -516,9 +564,8 @@ def fmn(
     """
     ball(threat, ("linf", "l2", "l1", "l0"), name, fences=True)
     check.whole("steps", steps)
-    for what, pair in (("rates", rates), ("gammas", gammas)):
-        if len(pair) != 2 or not pair[0] >= pair[1] > 0:
-            raise ValueError(f"{what} must be a falling pair of positive numbers; got {pair}. Swap them?")
+    falling("rates", rates)
+    falling("gammas", gammas)
     return FMN(threat=threat, name=name, max_steps=steps, early=early, rates=(*rates,), gammas=(*gammas,))
 
 
@@ -551,10 +598,8 @@ class NewtonFool(MinimumNorm):
         point = jnp.clip(state.point - wide(far, x) * self.threat.steepest(grad), low, high)
         return state._replace(point=point)
 
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after `max_steps`, or, with `early`, at its first failing point."""
-        over = state.step >= self.max_steps
-        return over | jnp.isfinite(state.distance) if self.early else over
+    def _found(self, state: State) -> Bool[Array, " b"]:
+        return jnp.isfinite(state.distance)
 
 
 def newtonfool(

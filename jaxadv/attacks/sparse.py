@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv.attacks.fab import to_hyperplane
 from jaxadv.attacks.judge import ask, dead
-from jaxadv.attacks.minimum import MinimumNorm, State, ball, mended, nearest_boundary
-from jaxadv.core import Targets, Threat, check, edges, pytree, select, static
+from jaxadv.attacks.minimum import MinimumNorm, State, aim, ball, mended, nearest_boundary, not_negative, rivals
+from jaxadv.core import Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
 from jaxadv.threats import l2
 
@@ -22,10 +22,8 @@ from jaxadv.threats import l2
 class Sparse(MinimumNorm):
     """What both share: a row is done once its own search has ended, well or not."""
 
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after `max_steps`, or, with `early`, once it fails or can go no farther."""
-        over = state.step >= self.max_steps
-        return over | state.own.ended if self.early else over
+    def _found(self, state: State) -> Bool[Array, " b"]:
+        return state.own.ended  # it fails, or can go no farther
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSMA
@@ -46,12 +44,8 @@ class JSMA(Sparse):
         ended: Bool[Array, " b"]
 
     def _own(self, logits, x, y):
-        if isinstance(y, Targets):
-            target = y.target
-        else:
-            target = jnp.argmax(jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits), axis=-1)
         free = flat(jnp.isfinite(x))
-        return self.Own(target=target.astype(jnp.int32), free=free, ended=free[:, 0] & False)
+        return self.Own(target=aim(logits, y), free=free, ended=free[:, 0] & False)
 
     def _passes(self, state: State) -> tuple[int, int]:
         return 1, 2
@@ -156,14 +150,12 @@ class SparseFool(Sparse):
         ended: Bool[Array, " b"]
 
     def _own(self, logits, x, y):
-        others = jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits)
-        count = min(10, logits.shape[-1]) - 1
         none = flat(x)[:, 0] * 0
         return self.Own(
             anchor=x,
             total=jnp.zeros_like(x),
             taken=none.astype(jnp.int32),
-            order=lax.top_k(others, count)[1].astype(jnp.int32),
+            order=rivals(logits, y, 9),
             ended=none > 1,
         )
 
@@ -243,8 +235,7 @@ def sparsefool(
     check.whole("steps", steps)
     check.whole("inner", inner)
     check.positive("reach", reach)
-    if not 0 <= overshoot < float("inf"):
-        raise ValueError(f"overshoot must be finite and at least 0; got {overshoot}. The authors take 0.02.")
+    not_negative("overshoot", overshoot, "The authors take 0.02.")
     return SparseFool(
         threat=threat,
         name=name,

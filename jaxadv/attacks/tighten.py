@@ -14,8 +14,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
-from jaxadv.attacks.minimum import MinimumNorm, State, ball
-from jaxadv.attacks.tradeoff import _adam
+from jaxadv.attacks.minimum import State
+from jaxadv.attacks.tradeoff import Rounds, adam
 from jaxadv.core import Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
 
@@ -34,20 +34,16 @@ class Own(NamedTuple):
 
 
 @pytree
-class Tightening(MinimumNorm):
+class Tightening(Rounds):
     """Descents that allow less after each success; a subclass says what is penalized and what is tightened."""
 
-    length: int = static()
-    constant: float = static()
     largest: float = static()
     growth: float = static()
-    confidence: float = static()  # pyright: ignore[reportIncompatibleVariableOverride]
-    stop: bool = static()
     transform: optax.GradientTransformation = static()
 
     def _own(self, logits, x, y):
         nothing = jnp.zeros_like(flat(x)[:, 0])
-        w, opt = self._begin(x, x)
+        w, opt = self._begin(x)
         return Own(
             constant=nothing + self.constant,
             ceiling=nothing + self._highest(x),
@@ -59,35 +55,26 @@ class Tightening(MinimumNorm):
             ended=nothing > 1,
         )
 
-    def _box(self, x):
-        low, high = edges(self.threat.bounds, x)
-        return (low + high) / 2, (high - low) / 2
-
-    def _begin(self, base, x):
-        center, half = self._box(x)
-        w = jnp.arctanh(0.999999 * jnp.clip((base - center) / half, -1, 1))
+    def _begin(self, base):
+        w = self._unbound(base)
         return w, jax.vmap(self.transform.init)(w)
 
     def _highest(self, x):
         low, high = edges(self.threat.bounds, x)
         return jnp.max(high - low)
 
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after `max_steps`, where it can be tightened no more, or, with `stop`, within the budget."""
-        over = (state.step >= self.max_steps) | state.own.ended
-        return over | state.broken if self.stop else over
+    def _found(self, state: State) -> Bool[Array, " b"]:
+        return super()._found(state) | state.own.ended  # it can be tightened no more
 
     def step(self, state: State, model, x, y) -> State:
         """Ask at the point of `w`; where it succeeds tighten, else one step of Adam."""
-        center, half = self._box(x)
         own = state.own
-        spread = jnp.tanh(own.w)
-        point = jnp.clip(center + half * spread, *edges(self.threat.bounds, x))
-        state = state._replace(point=jnp.where(own.free, point, x))
+        state = state._replace(point=jnp.where(own.free, self._bound(own.w), x))
         state, ok, gap, grad = self._look(state, model, x, y, losses.margin)
         excess = jnp.maximum(gap + self.confidence, 0)
         penalty, pull = self._penalty(own, state.point, x)
         pushed = wide(jnp.where(excess > 0, own.constant, 0), x) * grad
+        half, spread = self._middle(x)[1], jnp.tanh(own.w)
         rise = jnp.where(own.free, (pushed + pull) * half * (1 - spread * spread), 0)
         updates, opt = jax.vmap(self.transform.update)(rise, own.opt)
         walked = own._replace(w=own.w + updates, opt=opt, place=own.place + 1)
@@ -100,7 +87,7 @@ class Tightening(MinimumNorm):
         )
         following = select(content, tight, again)
         base = select(content, state.point, own.base)
-        w, opt = self._begin(base, x)
+        w, opt = self._begin(base)
         fresh = following._replace(base=base, w=w, opt=opt, place=own.place * 0)
         return state._replace(own=select(content | spent, fresh, walked))
 
@@ -157,30 +144,14 @@ class CarliniL0(Tightening):
         return own._replace(free=left.reshape(x.shape), ended=own.ended | ~jnp.any(left, axis=-1))
 
 
-def _settings(threat: Threat, norm: str, name: str, steps, rounds, rate, constant, largest, growth, confidence, early):
-    """Check the settings that both share."""
-    ball(threat, (norm,), name)
-    check.whole("steps", steps)
-    check.whole("rounds", rounds)
-    for what, value in (("rate", rate), ("constant", constant), ("largest", largest)):
-        check.positive(what, value)
+def _built(kind: Any, threat: Threat, norm: str, name: str, *, rate, largest, growth, early, **settings: Any) -> Any:
+    """Check the settings that both share, and make the attack."""
+    check.positive("rate", rate)
+    check.positive("largest", largest)
     if not growth > 1:
         raise ValueError(f"growth must be more than 1; got {growth}. The authors double the constant.")
-    if not 0 <= confidence < float("inf"):
-        raise ValueError(f"confidence must be finite and at least 0; got {confidence}. 0 asks for any failure.")
-    return {
-        "threat": threat,
-        "name": name,
-        "max_steps": steps * rounds,
-        "early": True,
-        "length": steps,
-        "constant": float(constant),
-        "largest": float(largest),
-        "growth": float(growth),
-        "confidence": float(confidence),
-        "stop": early,
-        "transform": _adam(float(rate)),
-    }
+    own = {"largest": float(largest), "growth": float(growth), "transform": adam(float(rate))}
+    return kind.build(threat, norm, name, early=True, stop=early, **own, **settings)
 
 
 def carlini_linf(
@@ -226,11 +197,13 @@ def carlini_linf(
       Differs from the authors' code: the nearest failing point on the way counts, whatever the ceiling; the first
       constant is 1e-3 (theirs: 1e-5) and a descent has 100 steps.
     """
-    settings = _settings(threat, "linf", name, steps, rounds, rate, constant, largest, growth, confidence, early)
     for what, value in (("shrink", shrink), ("least", least)):
         if not 0 < value < 1:
             raise ValueError(f"{what} must lie in (0, 1); got {value}. The authors take 0.9 and 1/256.")
-    return CarliniLinf(**settings, shrink=float(shrink), least=float(least))
+    return _built(
+        CarliniLinf, threat, "linf", name, steps=steps, rounds=rounds, rate=rate, constant=constant, largest=largest,
+        growth=growth, confidence=confidence, early=early, shrink=float(shrink), least=float(least),
+    )  # fmt: skip
 
 
 def carlini_l0(
@@ -273,4 +246,7 @@ def carlini_l0(
       the authors' code about `0.3 sqrt(n)` of the n free features are frozen at a time. Differs: features are numbers,
       not pixels of three; the gradient is the one at the success.
     """
-    return CarliniL0(**_settings(threat, "l0", name, steps, rounds, rate, constant, largest, growth, confidence, early))
+    return _built(
+        CarliniL0, threat, "l0", name, steps=steps, rounds=rounds, rate=rate, constant=constant, largest=largest,
+        growth=growth, confidence=confidence, early=early,
+    )  # fmt: skip

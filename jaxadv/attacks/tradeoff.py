@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
 from jaxadv.attacks.judge import ask, dead
-from jaxadv.attacks.minimum import MinimumNorm, State, ball, mended, slope
+from jaxadv.attacks.minimum import MinimumNorm, State, aim, ball, mended, not_negative, slope
 from jaxadv.attacks.optimizers import from_data
-from jaxadv.core import Targets, Threat, check, edges, pytree, select, static
+from jaxadv.core import Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
 
 _MEMORY = 10
@@ -37,23 +37,55 @@ class Own(NamedTuple):
 
 
 @pytree
-class Tradeoff(MinimumNorm):
+class Rounds(MinimumNorm):
+    """What descents of `length` steps share, of which each has a constant; with `stop` a row ends within the budget."""
+
+    length: int = static()
+    constant: float = static()
+    confidence: float = static()  # pyright: ignore[reportIncompatibleVariableOverride]
+    stop: bool = static()
+
+    @classmethod
+    def build(
+        cls, threat: Threat, norm: str, name: str, *, steps: int, rounds: int, constant, confidence, stop, **own: Any
+    ):
+        """Check the settings that all share, and make the attack, with fields of its `own`."""
+        ball(threat, (norm,), name)
+        check.whole("steps", steps)
+        check.whole("rounds", rounds)
+        check.positive("constant", constant)
+        not_negative("confidence", confidence, "0 asks for any failure.")
+        shared = {"length": steps, "constant": float(constant), "confidence": float(confidence), "stop": stop}
+        return cls(threat=threat, name=name, max_steps=steps * rounds, **shared, **own)
+
+    def _found(self, state: State) -> Bool[Array, " b"]:
+        return state.broken & self.stop
+
+    def _middle(self, x) -> tuple[Any, Any]:
+        """The center of the bounds, and half their distance."""
+        low, high = edges(self.threat.bounds, x)
+        return (low + high) / 2, (high - low) / 2
+
+    def _unbound(self, x):
+        """The variable without bounds of a point: `x = center + half * tanh(w)`."""
+        center, half = self._middle(x)
+        return jnp.arctanh(0.999999 * jnp.clip((x - center) / half, -1, 1))
+
+    def _bound(self, w):
+        """And back."""
+        center, half = self._middle(w)
+        return jnp.clip(center + half * jnp.tanh(w), *edges(self.threat.bounds, w))
+
+
+@pytree
+class Tradeoff(Rounds):
     """Rounds of descent on `distance + c * loss`; a subclass says how a descent begins and steps.
 
     A subclass gives `_fresh` and `_restart`, the first states of the first descent and of later ones, and `step`, which
     begins with `_begun` and ends with `_ended`.
     """
 
-    length: int = static()
-    constant: float = static()
-    confidence: float = static()  # pyright: ignore[reportIncompatibleVariableOverride]
     abort: bool = static()
-    stop: bool = static()
-
-    def done(self, state: State) -> Bool[Array, " b"]:
-        """A row is done after its rounds, or, with `stop`, once a failing point within the budget is known."""
-        over = state.step >= self.max_steps
-        return over | state.broken if self.stop else over
 
     def _own(self, logits, x, y):
         nothing = jnp.zeros_like(flat(x)[:, 0])
@@ -107,33 +139,19 @@ class Tradeoff(MinimumNorm):
         return state._replace(own=own, step=step, spent=before.spent + 1)
 
 
-def _rounds(threat: Threat, norms, name: str, steps, rounds, constant, confidence, abort, early) -> dict[str, Any]:
-    """Check the settings that all trade-offs share."""
-    ball(threat, norms, name)
-    check.whole("steps", steps)
-    check.whole("rounds", rounds)
-    check.positive("constant", constant)
-    if not 0 <= confidence < float("inf"):
-        raise ValueError(f"confidence must be finite and at least 0; got {confidence}. 0 asks for any failure.")
-    return {
-        "threat": threat,
-        "name": name,
-        "max_steps": steps * rounds,
-        "early": early or abort,
-        "length": steps,
-        "constant": float(constant),
-        "confidence": float(confidence),
-        "abort": abort,
-        "stop": early,
-    }
-
-
 # ------------------------------------------------------------------------------------------------------ Carlini-Wagner
 
 
 @lru_cache
-def _adam(rate: float) -> optax.GradientTransformation:
-    """Cached, so that equal attacks share one compiled program."""
+def adam(rate: float) -> optax.GradientTransformation:
+    """Return Adam for the rows of an attack; cached, so that equal attacks share one compiled program.
+
+    Args:
+      rate: step size.
+
+    Returns:
+      The transformation.
+    """
     return from_data(optax.adam(rate))
 
 
@@ -154,33 +172,24 @@ class Carlini(Tradeoff):
         return self._restart(None, x)
 
     def _restart(self, descent, x):
-        center, half = self._box(x)
-        w = jnp.arctanh(0.999999 * jnp.clip((x - center) / half, -1, 1))
+        w = self._unbound(x)
         return Unbounded(w=w, opt=jax.vmap(self.transform.init)(w))
-
-    def _box(self, x):
-        low, high = edges(self.threat.bounds, x)
-        return (low + high) / 2, (high - low) / 2
-
-    def _place(self, w, x):
-        center, half = self._box(x)
-        return jnp.clip(center + half * jnp.tanh(w), *edges(self.threat.bounds, x))
 
     def step(self, state: State, model, x, y) -> State:
         """Ask at the point of `w`, then one step of Adam."""
-        home = self._place(self._restart(None, x).w, x)
+        home = self._bound(self._unbound(x))
         before = state = self._begun(state, x)
         descent, constant = state.own.descent, state.own.constant
-        state = state._replace(point=self._place(descent.w, x))
+        state = state._replace(point=self._bound(descent.w))
         state, ok, gap, grad = self._look(state, model, x, y, losses.margin)
         excess = jnp.maximum(gap + self.confidence, 0)
         move = state.point - home
         value = jnp.sum(flat(move * move), axis=-1) + constant * excess
         rise = 2 * move + wide(jnp.where(excess > 0, constant, 0), x) * grad
-        rise = rise * self._box(x)[1] / jnp.cosh(descent.w) ** 2
+        rise = rise * self._middle(x)[1] / jnp.cosh(descent.w) ** 2
         updates, opt = jax.vmap(self.transform.update)(rise, descent.opt)
         w = descent.w + updates
-        state = state._replace(own=state.own._replace(descent=Unbounded(w=w, opt=opt)), point=self._place(w, x))
+        state = state._replace(own=state.own._replace(descent=Unbounded(w=w, opt=opt)), point=self._bound(w))
         return self._ended(state, before, ok, value)
 
 
@@ -221,9 +230,11 @@ def carlini(
       judged for each example (theirs: the sum over the batch); 1,000 steps instead of 10,000; sizes are to the example
       itself.
     """
-    shared = _rounds(threat, ("l2",), name, steps, rounds, constant, confidence, abort, early)
     check.positive("rate", rate)
-    return Carlini(**shared, transform=_adam(float(rate)))
+    return Carlini.build(
+        threat, "l2", name, steps=steps, rounds=rounds, constant=constant, confidence=confidence, stop=early,
+        early=early or abort, abort=abort, transform=adam(float(rate)),
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------- EAD
@@ -313,12 +324,13 @@ def ead(
       arXiv:1709.04114. As in the authors' code changes are shrunk by `beta` whatever the step size. Differs: progress
       is judged for each example.
     """
-    shared = _rounds(threat, ("l1",), name, steps, rounds, constant, confidence, abort, early)
     check.positive("rate", rate)
-    if not 0 <= beta < float("inf"):
-        raise ValueError(f"beta must be finite and at least 0; got {beta}. The authors take 1e-3.")
+    not_negative("beta", beta, "The authors take 1e-3.")
     check.choice("rule", rule, ("l1", "en"))
-    return EAD(**shared, rate=float(rate), beta=float(beta), rule=rule)
+    return EAD.build(
+        threat, "l1", name, steps=steps, rounds=rounds, constant=constant, confidence=confidence, stop=early,
+        early=early or abort, abort=abort, rate=float(rate), beta=float(beta), rule=rule,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- L-BFGS
@@ -342,10 +354,6 @@ class LBFGS(Tradeoff):
     """Box-constrained L-BFGS on the squared distance and the cross-entropy of a target; built by `lbfgs`."""
 
     def _fresh(self, x, logits, y):
-        if isinstance(y, Targets):
-            target = y.target
-        else:  # the likeliest wrong class
-            target = jnp.argmax(jnp.where(jax.nn.one_hot(y, logits.shape[-1]) > 0, -jnp.inf, logits), axis=-1)
         nothing = jnp.zeros_like(flat(x)[:, 0])
         memory = jnp.zeros((x.shape[0], _MEMORY, flat(x).shape[1]), x.dtype) + nothing[:, None, None]
         return Quasi(
@@ -356,7 +364,7 @@ class LBFGS(Tradeoff):
             time=nothing,
             moves=memory,
             turns=memory,
-            target=target.astype(jnp.int32),
+            target=aim(logits, y),
         )
 
     def _restart(self, descent, x):
@@ -470,4 +478,7 @@ def lbfgs(
       out of a line, and lines are bent at the bounds (backtracking by halves, Armijo's condition), where SciPy's
       L-BFGS-B searches for the Cauchy point.
     """
-    return LBFGS(**_rounds(threat, ("l2",), name, steps, rounds, constant, confidence, abort, early))
+    return LBFGS.build(
+        threat, "l2", name, steps=steps, rounds=rounds, constant=constant, confidence=confidence, stop=early,
+        early=early or abort, abort=abort,
+    )  # fmt: skip
