@@ -25,7 +25,8 @@ def free_port():
 
 def start(folder, spec="off", devices=1, pause=0.0, *words):
     folder.mkdir(exist_ok=True)
-    env = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"} | cache
     given = [str(folder), spec, str(devices), str(pause), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, str(HERE / "child.py"), *given], env=env, **pipes)
