@@ -220,12 +220,6 @@ def image_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _positive_grid(name: str, shape: Sequence[int], grid: tuple[int, int]) -> tuple[int, int]:
-    if min(grid) < 1:
-        raise ValueError(f"{name} must have images large enough for its strides; got shape {tuple(shape)}. Use 'mlp'.")
-    return grid
-
-
 class MLP(Net):
     """A multilayer perceptron on the flattened example; any input shape.
 
@@ -275,7 +269,47 @@ class MLP(Net):
         return self.layers[-1](x)
 
 
-class SmallCNN(Net):
+class TwoConvolutions(Net):
+    """What the small convolutional networks share; a subclass gives `_grid`, `_after`, and calls `_layers`."""
+
+    def _layers(self, name, channels, hidden, *, norm, activation, init, rngs: nnx.Rngs, **kernel):
+        """Make two convolutions of one `kernel`, their norms, and two dense layers."""
+        inputs, side, (first, second) = image_shape(name, self.shape)[2], self._grid(self.shape), channels
+        if min(side) < 1:
+            raise ValueError(
+                f"{name} must have images large enough for its strides; got shape {self.shape}. Use 'mlp'."
+            )
+        self.conv1 = conv(inputs, first, **kernel, init=init, rngs=rngs)
+        self.norm1 = normalizer(first, norm)
+        self.conv2 = conv(first, second, **kernel, init=init, rngs=rngs)
+        self.norm2 = normalizer(second, norm)
+        self.dense1 = dense(side[0] * side[1] * second, hidden, init=init, rngs=rngs)
+        self.dense2 = dense(hidden, self.classes, init=init, rngs=rngs)
+        self.activation = check.choice("activation", activation, ACTIVATIONS)
+
+    @staticmethod
+    def _grid(shape) -> tuple[int, int]:
+        """Height and width that the first dense layer reads."""
+        raise TypeError("a subclass of TwoConvolutions must define _grid")
+
+    def _after(self, place: int, x):
+        """What follows the activation of a convolution."""
+        raise TypeError(f"{type(self).__name__} must define _after")
+
+    @classmethod
+    def flattened(cls, shape) -> tuple[str, tuple[int, ...]]:
+        """Return the layer that reads a flattened image, and that image's height and width."""
+        return "dense1", cls._grid(shape)
+
+    def forward(self, x):
+        """Return logits from the normalized input."""
+        x = self._after(0, self.activation(self.norm1(self.conv1(x))))
+        x = self._after(1, self.activation(self.norm2(self.conv2(x))))
+        x = self.activation(self.dense1(x.reshape(x.shape[0], -1)))
+        return self.dense2(x)
+
+
+class SmallCNN(TwoConvolutions):
     """Two strided convolutions and a dense layer: the MNIST network of fast adversarial training.
 
     Convolutions of 16 and 32 channels, 4x4, stride 2, padding 1; dense 100; dense classes. Works on images from 4x4 on.
@@ -314,36 +348,19 @@ class SmallCNN(Net):
         rngs: nnx.Rngs,
     ):
         super().__init__(shape, classes, mean, std)
-        inputs = image_shape("cnn_small", shape)[2]
-        first, second = channels
-        side = _positive_grid("cnn_small", shape, self._grid(shape))
-        self.conv1 = conv(inputs, first, 4, stride=2, padding=1, init=init, rngs=rngs)
-        self.norm1 = normalizer(first, norm)
-        self.conv2 = conv(first, second, 4, stride=2, padding=1, init=init, rngs=rngs)
-        self.norm2 = normalizer(second, norm)
-        self.dense1 = dense(side[0] * side[1] * second, hidden, init=init, rngs=rngs)
-        self.dense2 = dense(hidden, classes, init=init, rngs=rngs)
-        self.activation = check.choice("activation", activation, ACTIVATIONS)
+        drawn = {"norm": norm, "activation": activation, "init": init, "rngs": rngs}
+        self._layers("cnn_small", channels, hidden, size=4, stride=2, padding=1, **drawn)
         self.gates = gates(gated, channels, classes, dense=partial(dense, init=init, rngs=rngs))
 
     @staticmethod
     def _grid(shape) -> tuple[int, int]:
         return shape[0] // 2 // 2, shape[1] // 2 // 2
 
-    @classmethod
-    def flattened(cls, shape) -> tuple[str, tuple[int, ...]]:
-        """Return the layer that reads a flattened image, and that image's height and width."""
-        return "dense1", cls._grid(shape)
-
-    def forward(self, x):
-        """Return logits from the normalized input."""
-        x = self.gates[0](self.activation(self.norm1(self.conv1(x))))
-        x = self.gates[1](self.activation(self.norm2(self.conv2(x))))
-        x = self.activation(self.dense1(x.reshape(x.shape[0], -1)))
-        return self.dense2(x)
+    def _after(self, place: int, x):
+        return self.gates[place](x)
 
 
-class MadryCNN(Net):
+class MadryCNN(TwoConvolutions):
     """Two convolutions with pooling and a wide dense layer: the network of the MNIST challenge.
 
     Convolutions of 32 and 64 channels, 5x5, each followed by 2x2 max pooling (sides are rounded up); dense 1024; dense
@@ -381,29 +398,12 @@ class MadryCNN(Net):
         rngs: nnx.Rngs,
     ):
         super().__init__(shape, classes, mean, std)
-        inputs = image_shape("cnn_madry", shape)[2]
-        first, second = channels
-        side = self._grid(shape)
-        self.conv1 = conv(inputs, first, 5, padding=2, init=init, rngs=rngs)
-        self.norm1 = normalizer(first, norm)
-        self.conv2 = conv(first, second, 5, padding=2, init=init, rngs=rngs)
-        self.norm2 = normalizer(second, norm)
-        self.dense1 = dense(side[0] * side[1] * second, hidden, init=init, rngs=rngs)
-        self.dense2 = dense(hidden, classes, init=init, rngs=rngs)
-        self.activation = check.choice("activation", activation, ACTIVATIONS)
+        drawn = {"norm": norm, "activation": activation, "init": init, "rngs": rngs}
+        self._layers("cnn_madry", channels, hidden, size=5, padding=2, **drawn)
 
     @staticmethod
     def _grid(shape) -> tuple[int, int]:
         return -(-shape[0] // 4), -(-shape[1] // 4)
 
-    @classmethod
-    def flattened(cls, shape) -> tuple[str, tuple[int, ...]]:
-        """Return the layer that reads a flattened image, and that image's height and width."""
-        return "dense1", cls._grid(shape)
-
-    def forward(self, x):
-        """Return logits from the normalized input."""
-        x = nnx.max_pool(self.activation(self.norm1(self.conv1(x))), (2, 2), (2, 2), "SAME")
-        x = nnx.max_pool(self.activation(self.norm2(self.conv2(x))), (2, 2), (2, 2), "SAME")
-        x = self.activation(self.dense1(x.reshape(x.shape[0], -1)))
-        return self.dense2(x)
+    def _after(self, place: int, x):
+        return nnx.max_pool(x, (2, 2), (2, 2), "SAME")
