@@ -30,26 +30,84 @@ def _key(key, shape):
     return key
 
 
-def gaussian_noise(x: Float[Array, "h w c"], drawn: Float[Array, "h w c"], level: Array, table: Rows):
-    """Add normal noise; (standard deviation). Draws standard normal numbers."""
+def gaussian_noise(
+    x: Float[Array, "h w c"], drawn: Float[Array, "h w c"], level: Array, table: Rows
+) -> Float[Array, "h w c"]:
+    """Add normal noise.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `[h, w, c]` standard normal.
+      level: the severity less one; may be traced.
+      table: for each severity (standard deviation,).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     (sigma,) = pick(table, level)
     return x + sigma * drawn
 
 
-def shot_noise(x: Float[Array, "h w c"], drawn, level: Array, table: Rows):
-    """Count photons, Poisson of mean `rate * x`; (rate). Draws a key, for the counts depend on the image."""
+def shot_noise(x: Float[Array, "h w c"], drawn, level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Count photons: Poisson numbers of mean `rate * x`, divided by the rate.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: a typed key: the distribution of the counts depends on the image.
+      level: the severity less one; may be traced.
+      table: for each severity (rate,), photons of a pixel of value 1.
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     (rate,) = pick(table, level)
     return jax.random.poisson(drawn, rate * x).astype(jnp.float32) / rate
 
 
-def impulse_noise(x: Float[Array, "h w c"], drawn: Float[Array, "h w c"], level: Array, table: Rows):
-    """Set values to 0 or 1 with equal chance; (share of values). Draws uniform numbers in [0, 1)."""
+def impulse_noise(
+    x: Float[Array, "h w c"], drawn: Float[Array, "h w c"], level: Array, table: Rows
+) -> Float[Array, "h w c"]:
+    """Set some values to 0 or 1 with equal chance.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `[h, w, c]` uniform in [0, 1).
+      level: the severity less one; may be traced.
+      table: for each severity (share of values,).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     (share,) = pick(table, level)
     return jnp.where(drawn < share / 2, 0.0, jnp.where(drawn < share, 1.0, x))
 
 
-def speckle_noise(x: Float[Array, "h w c"], drawn: Float[Array, "h w c"], level: Array, table: Rows):
-    """Add normal noise in proportion to the value; (standard deviation). Draws standard normal numbers."""
+def speckle_noise(
+    x: Float[Array, "h w c"], drawn: Float[Array, "h w c"], level: Array, table: Rows
+) -> Float[Array, "h w c"]:
+    """Add normal noise in proportion to the value.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `[h, w, c]` standard normal.
+      level: the severity less one; may be traced.
+      table: for each severity (standard deviation at value 1,).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     (sigma,) = pick(table, level)
     return x + x * sigma * drawn
 
@@ -62,14 +120,40 @@ def _gaussian(shape: tuple[int, ...], sigmas, level: Array, mode: str = "edge", 
     return [pick([parts.gaussian_matrix(n, s, mode, truncate) for s in sigmas], level) for n in shape[:2]]
 
 
-def gaussian_blur(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
-    """Blur; (width of the Gaussian in pixels)."""
+def gaussian_blur(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Blur with a Gaussian.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: None.
+      level: the severity less one; may be traced.
+      table: for each severity (standard deviation in pixels,).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     del drawn
     return parts.separable(x, *_gaussian(x.shape, [row[0] for row in table], level))
 
 
-def defocus_blur(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
-    """Spread each pixel over a disk; (its radius, the blur of its edge, both in pixels)."""
+def defocus_blur(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Spread each pixel over a disk.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: None.
+      level: the severity less one; may be traced.
+      table: for each severity (radius of the disk, blur of its edge), in pixels.
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     del drawn
     return parts.correlate(x, pick(parts.disk_kernels(table), level))
 
@@ -103,8 +187,23 @@ def shuffled(x: Float[Array, "h w c"], drawn: Float[Array, "h w 2"], reach) -> F
     return x.reshape(h * w, c)[points[:old] - old].reshape(h, w, c)
 
 
-def glass_blur(x: Float[Array, "h w c"], drawn: Float[Array, "r h w 2"], level: Array, table: Rows):
-    """Blur, let pixels show their neighbors, blur; (width, reach, rounds). Draws uniform numbers, see `shuffled`."""
+def glass_blur(
+    x: Float[Array, "h w c"], drawn: Float[Array, "r h w 2"], level: Array, table: Rows
+) -> Float[Array, "h w c"]:
+    """Blur, let pixels show their neighbors, blur again.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `[rounds, h, w, 2]` uniform in [0, 1), see `shuffled`.
+      level: the severity less one; may be traced.
+      table: for each severity (standard deviation of the blur, farthest neighbor, rounds); pixels.
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261. Differs: no cut to bytes between the blurs.
+    """
     _, reach, rounds = pick(table, level)
     blur = _gaussian(x.shape, [row[0] for row in table], level)
     x = parts.separable(x, *blur)
@@ -113,14 +212,40 @@ def glass_blur(x: Float[Array, "h w c"], drawn: Float[Array, "r h w 2"], level: 
     return parts.separable(x, *blur)
 
 
-def motion_blur(x: Float[Array, "h w c"], drawn: Float[Array, ""], level: Array, table: Rows):
-    """Blur along a line; (radius, width). Draws its angle, uniform from -45 to 45 degrees."""
+def motion_blur(x: Float[Array, "h w c"], drawn: Float[Array, ""], level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Blur along a line.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `[]` angle in degrees, uniform from -45 to 45.
+      level: the severity less one; may be traced.
+      table: for each severity (radius, standard deviation), in pixels.
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     radius, sigma = pick(table, level)
     return parts.motion(x, drawn, radius, sigma, int(max(row[0] for row in table)))
 
 
-def zoom_blur(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
-    """Average enlargements of the middle; (the factors are 1, 1 + step, ... below end: end, step)."""
+def zoom_blur(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Average the image and enlargements of its middle.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: None.
+      level: the severity less one; may be traced.
+      table: for each severity (end, step): the factors are 1, 1 + step, ... below end.
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     del drawn
     factors = [np.arange(1, end, step) for end, step in table]
     counts, most = [len(f) for f in factors], max(len(f) for f in factors)
@@ -139,8 +264,21 @@ def zoom_blur(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
 # -------------------------------------------------------------------------------------------------------------- digital
 
 
-def brightness(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
-    """Raise the value of hue, saturation and value; (by how much)."""
+def brightness(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Raise the value of hue, saturation and value, by scaling the color: black, which has none, becomes gray.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: None.
+      level: the severity less one; may be traced.
+      table: for each severity (by how much,).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     del drawn
     (more,) = pick(table, level)
     value = jnp.max(x, -1, keepdims=True)
@@ -148,18 +286,47 @@ def brightness(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows)
     return jnp.where(value > 0, x * (raised / jnp.where(value > 0, value, 1.0)), raised)
 
 
-def contrast(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
-    """Draw values towards the mean of their channel; (what is left of the difference)."""
+def contrast(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Draw values towards the mean of their channel.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: None.
+      level: the severity less one; may be traced.
+      table: for each severity (what is left of the difference,).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     del drawn
     (share,) = pick(table, level)
     mean = jnp.mean(x, (0, 1), keepdims=True)
     return (x - mean) * share + mean
 
 
-def saturate(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
-    """Change the saturation of hue, saturation and value to `a s + b`; (a, b). Grays have the hue of red.
+def saturate(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Change the saturation of hue, saturation and value to `a s + b`.
 
-    An image of one channel is taken as a colored one, and the brightness of the answer is returned.
+    Grays have the hue of red. An image of one channel is taken as a colored one, and the brightness of the answer is
+    returned.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: None.
+      level: the severity less one; may be traced.
+      table: for each severity (a, b).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    Raises:
+      ValueError: if `x` has neither one channel nor three.
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
     """
     del drawn
     colors("saturate", x)
@@ -174,11 +341,25 @@ def saturate(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
     return rgb if x.shape[-1] == 3 else parts.luma(rgb)
 
 
-def elastic_transform(x: Float[Array, "h w c"], drawn: dict[str, Array], level: Array, table: Rows):
-    """Move three points of the image, and every pixel a little; (height and width of the bumps, move of the points).
+def elastic_transform(
+    x: Float[Array, "h w c"], drawn: dict[str, Array], level: Array, table: Rows
+) -> Float[Array, "h w c"]:
+    """Move three points of the image, and every pixel a little.
 
-    All three are shares of the shorter side (of 244/224 of it for large images). Draws `points` `[3, 2]` and `bumps`
-    `[2, h, w]`, uniform in [-1, 1]; columns first.
+    Lengths are shares of the shorter side (of 244/224 of it for large images, a slip that the
+    published files were made with).
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `points` `[3, 2]` and `bumps` `[2, h, w]`, uniform in [-1, 1]; columns first.
+      level: the severity less one; may be traced.
+      table: for each severity (height of the bumps, their width, move of the points).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
     """
     h, w, _ = x.shape
     size = min(h, w) * (244 / 224 if max(row[0] for row in table) > 1 else 1.0)
@@ -200,8 +381,21 @@ def elastic_transform(x: Float[Array, "h w c"], drawn: dict[str, Array], level: 
     return parts.sample(x, row + down, column + right, "symmetric")
 
 
-def pixelate(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
-    """Shrink and enlarge with square pixels; (the share of the size)."""
+def pixelate(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Shrink and enlarge with square pixels.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: None.
+      level: the severity less one; may be traced.
+      table: for each severity (share of the size,).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261. Differs: no rounding after each axis.
+    """
     del drawn
     maps = [
         [parts.box_matrix(m, n) @ parts.box_matrix(n, m) for m in (max(1, int(n * share)) for (share,) in table)]
@@ -210,8 +404,24 @@ def pixelate(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
     return parts.separable(x, pick(maps[0], level), pick(maps[1], level))
 
 
-def jpeg_compression(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows):
-    """Compress as JPEG and decompress; (quality from 1 to 100). Differentiable, see `jpeg.jpeg`."""
+def jpeg_compression(x: Float[Array, "h w c"], drawn: None, level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Compress as JPEG and decompress; differentiable, see `jpeg.jpeg`.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: None.
+      level: the severity less one; may be traced.
+      table: for each severity (quality from 1 to 100,).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    Raises:
+      ValueError: if `x` has neither one channel nor three.
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
+    """
     del drawn
     colors("jpeg_compression", x)
     return jpeg(x, pick([quantization(quality) for (quality,) in table], level))

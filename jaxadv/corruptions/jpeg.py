@@ -42,7 +42,11 @@ def quantization(quality: float) -> np.ndarray:
 
 
 def cosines() -> np.ndarray:
-    """Return the orthonormal matrix of the cosine transform, float32 `[8, 8]`."""
+    """Return the orthonormal matrix of the cosine transform.
+
+    Returns:
+      float32 `[8, 8]`: row k holds the k-th cosine.
+    """
     k, i = np.arange(8)[:, None], np.arange(8)[None]
     matrix = 0.5 * np.cos(np.pi * (2 * i + 1) * k / 16)
     matrix[0] /= np.sqrt(2)

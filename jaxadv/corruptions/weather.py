@@ -69,18 +69,46 @@ def plasma(drawn: Float[Array, "n n"], decay) -> Float[Array, "n n"]:
     return cloud / jnp.max(cloud)
 
 
-def fog(x: Float[Array, "h w c"], drawn: Float[Array, "n n"], level: Array, table: Rows):
-    """Add a cloud and scale back to the brightest value; (weight, decay of the cloud). Draws as `draw_plasma`."""
+def fog(x: Float[Array, "h w c"], drawn: Float[Array, "n n"], level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Add a cloud and scale back to the brightest value.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `[n, n]` of `draw_plasma`.
+      level: the severity less one; may be traced.
+      table: for each severity (weight of the cloud, its decay).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261. The side of the cloud is the least power of two that covers the
+      image: 32 and 256 for the published sizes, as there.
+    """
     weight, decay = pick(table, level)
     cloud = plasma(drawn, decay)[: x.shape[0], : x.shape[1], None]
     most = jnp.max(x)
     return (x + weight * cloud) * most / (most + weight)
 
 
-def snow(x: Float[Array, "h w c"], drawn: dict[str, Array], level: Array, table: Rows):
-    """Whiten the image and let flakes fall; (mean, deviation, zoom, threshold, radius and width of the streaks, mix).
+def snow(x: Float[Array, "h w c"], drawn: dict[str, Array], level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Whiten the image and let flakes fall.
 
-    Draws `layer` `[h, w]`, standard normal, and `angle`, uniform from -135 to -45 degrees.
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `layer` `[h, w]` standard normal, and `angle` `[]` in degrees, uniform from -135 to -45.
+      level: the severity less one; may be traced.
+      table: for each severity (mean, deviation, zoom, least thickness, radius and width of the streaks, share of the
+        image).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    Raises:
+      ValueError: if `x` has neither one channel nor three.
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
     """
     colors("snow", x)
     mean, deviation, _, least, radius, sigma, mix = pick(table, level)
@@ -132,11 +160,26 @@ def ice(drawn: dict[str, Array], shape: tuple[int, ...]) -> Float[Array, "h w c"
     )
 
 
-def frost(x: Float[Array, "h w c"], drawn: dict[str, Array], level: Array, table: Rows):
-    """Add a picture of frost; (weight of the image, weight of the picture). Draws as `ice`.
+def frost(x: Float[Array, "h w c"], drawn: dict[str, Array], level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Add a picture of frost.
 
     The published files use six photographs of frosted glass. Here the picture is generated (`ice`), so accuracies are
     like theirs and not theirs: a synthetic frost.
+
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `ground` and `needles` of `ice`.
+      level: the severity less one; may be traced.
+      table: for each severity (weight of the image, weight of the picture).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    Raises:
+      ValueError: if `x` has neither one channel nor three.
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261.
     """
     colors("frost", x)
     own, picture = pick(table, level)
@@ -163,11 +206,24 @@ def _mean(x: Float[Array, "h w"]) -> Float[Array, "h w"]:
     return parts.correlate(x, jnp.full((3, 3), 1 / 9, jnp.float32))
 
 
-def spatter(x: Float[Array, "h w c"], drawn: Float[Array, "h w"], level: Array, table: Rows):
-    """Splash water (severities 1 to 3) or mud; (mean, deviation, width, threshold, strength or width, mud).
+def spatter(x: Float[Array, "h w c"], drawn: Float[Array, "h w"], level: Array, table: Rows) -> Float[Array, "h w c"]:
+    """Splash water (severities 1 to 3) or mud.
 
-    Draws `[h, w]` standard normal numbers. The rims of water come from exact Euclidean distances to edges, the
-    published ones from a chamfer approximation of them.
+    Args:
+      x: `[h, w, c]` in [0, 1].
+      drawn: `[h, w]` standard normal.
+      level: the severity less one; may be traced.
+      table: for each severity (mean, deviation, width, least thickness, strength of water or width of mud, 1 for mud).
+
+    Returns:
+      `[h, w, c]`, not yet cut to [0, 1].
+
+    Raises:
+      ValueError: if `x` has neither one channel nor three.
+
+    References:
+      Hendrycks and Dietterich 2019, arXiv:1903.12261. Differs: the rims of water come from exact Euclidean distances to
+      edges, the published ones from a chamfer approximation.
     """
     colors("spatter", x)
     mean, deviation, _, least, strength, mud = pick(table, level)
