@@ -21,8 +21,8 @@ from benchmarks.claims import framework
 CLAIM = {
     "sentence": "Networks that are robust in an lp ball are not robust to all common corruptions: under some they are "
     "less accurate than networks trained without attacks.",
-    "source": "Hendrycks and Dietterich 2019, Benchmarking neural network robustness to common corruptions and "
-    "perturbations, arXiv:1903.12261; Borji 2022, arXiv:2208.00539 (the card)",
+    "source": "Borji 2022, Is current research on adversarial robustness addressing the right problem?, "
+    "arXiv:2208.00539; the corruptions are those of Hendrycks and Dietterich 2019, arXiv:1903.12261",
     "tier": "mnist",
     "seeds": (0, 1, 2),
     "minutes": 12,

@@ -24,7 +24,7 @@ from jaxadv.train import schedules
 
 CLAIM = {
     "sentence": "Deep denoisers are fragile: a small perturbation without a mean, found by gradients, costs far more "
-    "quality than a random one of its size, and more than it costs a linear filter.",
+    "quality than a random one of its size.",
     "source": "Yan, Zhang, Feng, Sugiyama and Tan 2022, Towards adversarially robust deep image denoising, sec. 3, "
     "arXiv:2201.04397",
     "tier": "mnist",
