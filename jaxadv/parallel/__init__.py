@@ -35,7 +35,6 @@ from jaxadv.parallel.meshes import fsdp as fsdp
 from jaxadv.parallel.meshes import local as local
 from jaxadv.parallel.meshes import make_mesh as make_mesh
 from jaxadv.parallel.meshes import replicate as replicate
-from jaxadv.parallel.processes import PATIENCE as PATIENCE
 from jaxadv.parallel.processes import agree as agree
 from jaxadv.parallel.processes import distributed as distributed
 from jaxadv.parallel.processes import exchange as exchange
