@@ -9,14 +9,13 @@ import pytest
 from jax import lax
 from jax.tree_util import Partial
 
-from jaxadv.attacks import Affine, carlini, ddn, ead, jsma, universal, worst_of
+from jaxadv.attacks import Affine, ddn, jsma, universal, worst_of
 from jaxadv.core import Targets
-from jaxadv.threats import behind, l0, l1, l2, linf, semantic
+from jaxadv.threats import behind, l0, l2, linf, semantic
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-BALLS = {"linf": linf, "l2": l2}
 NET = "mnist_standard"
-SEEDS, PASSES, BETA, SHARE = 3, 3, 0.01, 0.98
+SEEDS, PASSES, SHARE = 3, 3, 0.98
 
 pytestmark = pytest.mark.slow
 
@@ -64,38 +63,28 @@ def test_turns_and_shifts_fool_as_many_as_those_of_art():
         assert fooled.mean(1).max() >= SHARE * other.mean(1).max() > 0
 
 
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_a_universal_perturbation_fools_as_many_as_that_of_art(norm):
+def test_a_universal_perturbation_fools_as_many_as_that_of_art():
     """Mean over seeds, after as many passes with DeepFool of as many steps."""
     model, x, y, theirs = stored()
-    search = universal(BALLS[norm](float(theirs[f"universal/{norm}/eps"])), epochs=PASSES, goal=1.0, steps=10)
+    search = universal(linf(float(theirs["universal/linf/eps"])), epochs=PASSES, goal=1.0, steps=10)
     run = jax.jit(lambda key, search, model, x, y: search.run(key, model, x, y).rate)
     ours = [run(jax.random.key(seed), search, model, x, y) for seed in range(SEEDS)]
-    assert np.mean(ours) >= SHARE * theirs[f"universal/{norm}"].mean() > 0
+    assert np.mean(ours) >= SHARE * theirs["universal/linf"].mean() > 0
 
 
-def elastic(move):
-    return np.square(move).sum(-1) + BETA * np.abs(move).sum(-1)
-
-
-ROUNDS = {"steps": 100, "rounds": 5, "constant": 0.1, "abort": False, "beta": BETA}
-NEAREST = {  # attack, how many examples, what is measured
-    "jsma/l0": (jsma(l0(784.0), steps=40), 25, None),
-    "carlini/l2": (carlini(l2(1e3), steps=100, rounds=1, constant=10.0, abort=False), 50, None),
-    "ead/l1": (ead(l1(1e3), **ROUNDS), 25, None),
-    "ead/en": (ead(l1(1e3), rule="en", **ROUNDS), 25, elastic),
-    "ddn/l2": (ddn(l2(1e3), steps=100), 50, None),
+NEAREST = {  # attack, how many examples
+    "jsma/l0": (jsma(l0(784.0), steps=40), 25),
+    "ddn/l2": (ddn(l2(1e3), steps=100), 50),
 }
 
 
 @pytest.mark.parametrize("search", NEAREST)
 def test_distances_are_those_of_torchattacks_and_adv_lib_or_smaller(search):
     """As many are found, and the median of those that the other has found is no larger."""
-    attack, rows, measure = NEAREST[search]
+    attack, rows = NEAREST[search]
     model, x, y, found = stored()
     x, y, theirs = x[:rows], y[:rows], np.sort(found[search][:rows])
     got = go(attack, model, x, Targets(y, (y + 1) % 10) if search == "jsma/l0" else y)
-    size = got.size if measure is None else measure((got.x - x).reshape(rows, -1))
-    ours, count = np.sort(np.where(got.success, size, np.inf)), np.isfinite(theirs).sum()
+    ours, count = np.sort(np.where(got.success, got.size, np.inf)), np.isfinite(theirs).sum()
     assert count > 10 and np.isfinite(ours).sum() >= SHARE * count
     assert ours[count // 2] <= 1.02 * theirs[count // 2]
