@@ -126,7 +126,6 @@ def pytest_runtest_teardown(item, nextitem):
 def pytest_configure(config):
     flags = os.environ.get("XLA_FLAGS", "").split()  # read when the first array is made; child processes inherit them
     os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in QUICK if flag not in flags)])
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # of the workers: half as many page faults
     config.stash[_LONG] = []
     config.pluginmanager.register(_Durations(config), "durations-of-house")
 
