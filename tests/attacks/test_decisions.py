@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.tree_util import Partial
 
+from benchmarks.parity import autoattack as parity
 from jaxadv import core, models
 from jaxadv.attacks import (
     ATTACKS,
@@ -357,23 +358,14 @@ def test_settings_are_checked():
 
 def stored(net):
     """What other packages have found, and the network and examples of the other minimum-norm attacks."""
-    weights = np.load(FIXTURES / f"autoattack_{net}.npz")
-    parts = {k.split("/", 1)[1]: jnp.asarray(weights[k], jnp.float32) for k in weights if not k.endswith("index")}
     found, given = np.load(FIXTURES / "blackbox_torch.npz"), np.load(FIXTURES / "minimum_torch.npz")
     x, y = given[f"{net}/x"].astype(np.float32) / 255, given[f"{net}/y"]
-    return Partial(network, parts), x, y, {k.split("/", 1)[1]: found[k] for k in found if k.startswith(net)}
-
-
-def network(weights, x):
-    """The network of the fixtures."""
-    for layer in ("conv1", "conv2"):
-        x = lax.conv_general_dilated(
-            x, weights[f"{layer}/kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x + weights[f"{layer}/bias"][None, None, None])
-    x = x.reshape(x.shape[0], -1)
-    x = jax.nn.relu(x @ weights["dense1/kernel"] + weights["dense1/bias"][None])
-    return x @ weights["dense2/kernel"] + weights["dense2/bias"][None]
+    return (
+        parity.forward(np.load(parity.weights_of(net)), net),
+        x,
+        y,
+        {k.split("/", 1)[1]: found[k] for k in found if k.startswith(net)},
+    )
 
 
 QUERIES = (500,)  # of those stored

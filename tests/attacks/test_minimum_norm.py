@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.tree_util import Partial
 
+from benchmarks.parity import autoattack as parity
 from jaxadv import core
 from jaxadv.attacks import (
     ATTACKS,
@@ -185,24 +185,11 @@ def test_newtonfool_goes_down_the_probability_to_its_first_failing_point():
 # ------------------------------------------------------------------------------------------------------ other packages
 
 
-def network(weights, x):
-    """The network of the fixtures."""
-    for layer in ("conv1", "conv2"):
-        x = lax.conv_general_dilated(
-            x, weights[f"{layer}/kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x + weights[f"{layer}/bias"][None, None, None])
-    x = x.reshape(x.shape[0], -1)
-    x = jax.nn.relu(x @ weights["dense1/kernel"] + weights["dense1/bias"][None])
-    return x @ weights["dense2/kernel"] + weights["dense2/bias"][None]
-
-
 def stored(net):
     arrays = np.load(FIXTURES / f"autoattack_{net}.npz")
-    weights = {k.split("/", 1)[1]: jnp.asarray(arrays[k], jnp.float32) for k in arrays if not k.endswith("index")}
     found = np.load(FIXTURES / "minimum_torch.npz")
     x, y = found[f"{net}/x"].astype(np.float32) / 255, found[f"{net}/y"]
-    return Partial(network, weights), x, y, found
+    return parity.forward(arrays, net), x, y, found
 
 
 PEERS = [

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.tree_util import Partial
 
+from benchmarks.parity import autoattack as parity
 from jaxadv.attacks import Affine, ddn, jsma, universal, worst_of
 from jaxadv.core import Targets
 from jaxadv.threats import behind, l0, l2, linf, semantic
@@ -25,24 +25,11 @@ def go(attack, model, x, y):
     return attack.run(jax.random.key(0), model, x, y)
 
 
-def network(weights, x):
-    """The network of the fixtures."""
-    for layer in ("conv1", "conv2"):
-        x = lax.conv_general_dilated(
-            x, weights[f"{layer}/kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x + weights[f"{layer}/bias"][None, None, None])
-    x = x.reshape(x.shape[0], -1)
-    x = jax.nn.relu(x @ weights["dense1/kernel"] + weights["dense1/bias"][None])
-    return x @ weights["dense2/kernel"] + weights["dense2/bias"][None]
-
-
 def stored():
     """The model, the examples, and what others have found."""
     arrays, found = np.load(FIXTURES / f"autoattack_{NET}.npz"), np.load(FIXTURES / "peers_torch.npz")
-    weights = {k.split("/", 1)[1]: jnp.asarray(arrays[k], jnp.float32) for k in arrays if not k.endswith("index")}
     theirs = {k.split("/", 1)[1]: found[k] for k in found if k.startswith(f"{NET}/")}
-    return Partial(network, weights), found["x"].astype(np.float32) / 255, found["y"], theirs
+    return parity.forward(arrays, NET), found["x"].astype(np.float32) / 255, found["y"], theirs
 
 
 def test_turns_and_shifts_fool_as_many_as_those_of_art():

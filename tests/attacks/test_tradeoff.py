@@ -10,6 +10,7 @@ from jax import lax
 from jax.tree_util import Partial
 from scipy.optimize import minimize
 
+from benchmarks.parity import autoattack as parity
 from jaxadv import core
 from jaxadv.attacks import ATTACKS, EAD, LBFGS, Carlini, Tradeoff, carlini, ead, lbfgs
 from jaxadv.attacks.tradeoff import Own, Quasi, Unbounded
@@ -151,18 +152,6 @@ def test_confidence_asks_for_a_margin():
     assert (sure.size[both] > plain.size[both]).all()
 
 
-def network(weights, x):
-    """The network of the fixtures."""
-    for layer in ("conv1", "conv2"):
-        x = lax.conv_general_dilated(
-            x, weights[f"{layer}/kernel"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x + weights[f"{layer}/bias"][None, None, None])
-    x = x.reshape(x.shape[0], -1)
-    x = jax.nn.relu(x @ weights["dense1/kernel"] + weights["dense1/bias"][None])
-    return x @ weights["dense2/kernel"] + weights["dense2/bias"][None]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("attack", "norm", "settings", "net"),
@@ -170,10 +159,9 @@ def network(weights, x):
 )
 def test_distances_are_those_of_foolbox_or_smaller(attack, norm, settings, net):
     arrays, found = (np.load(FIXTURES / name) for name in (f"autoattack_{net}.npz", "minimum_torch.npz"))
-    weights = {k.split("/", 1)[1]: jnp.asarray(arrays[k], jnp.float32) for k in arrays if not k.endswith("index")}
     x, y = found[f"{net}/x"].astype(np.float32) / 255, found[f"{net}/y"]
     settings = {"steps": 200, "rounds": 6, "constant": 0.1, "abort": False} | settings
-    got = go(ATTACKS[attack](BALLS[norm](1e3), **settings), Partial(network, weights), x, y)
+    got = go(ATTACKS[attack](BALLS[norm](1e3), **settings), parity.forward(arrays, net), x, y)
     theirs, size = found[f"{net}/{attack}/{norm}"], np.where(got.success, got.size, np.inf)
     both = np.isfinite(theirs) & np.isfinite(size)
     assert np.isfinite(size).sum() >= np.isfinite(theirs).sum() and both.sum() >= 10
