@@ -215,12 +215,13 @@ class SquareAttack(Stepped):
         sizes = window_sizes(norm, h, w, self.p_init)
         side = jnp.asarray(sizes, jnp.int32)[stage]
         bits = jax.vmap(lambda k: jax.random.bits(k, (5 + c,)))(keys)
-        rows, columns = _offsets(bits[:, 0], h, side), _offsets(bits[:, 1], w, side)
+        room = jnp.asarray((h, w, h, w), jnp.int32)[None] - side[:, None]
+        rows, columns, *others = _offsets(bits[:, :4], room, norm).T
         sign = _sign(bits[:, 5:], x.dtype)[:, None, None]
         one = _window(rows, columns, side, x.shape)
         if norm == "linf":
             return self.threat.project(jnp.where(one, point + 2 * eps * sign, point), x)
-        other = _window(_offsets(bits[:, 2], h, side), _offsets(bits[:, 3], w, side), side, x.shape)
+        other = _window(*others, side, x.shape)
         bump = _bumps(sizes, norm, stage, rows, columns, bits[:, 4] >> 31 > 0, x)
         move = point - x
         inside = jnp.where(one, move, 0)
@@ -280,11 +281,10 @@ def _sign(bits, dtype):
     return 1 - 2 * (bits >> 31).astype(dtype)
 
 
-def _offsets(bits, length: int, side):
-    """Where a window begins: uniform over all places where it fits."""
-    room = length - side
+def _offsets(bits, room, norm: str):
+    """Where windows begin: uniform over all places where they fit; in l2 and l1 the last of these never comes."""
     share = (bits >> 8).astype(jnp.float32) * 2.0**-24
-    return jnp.minimum(jnp.floor(share * (room + 1)).astype(jnp.int32), room)
+    return jnp.minimum(jnp.floor(share * (room + (norm == "linf"))).astype(jnp.int32), room)
 
 
 def _within(start, side, length: int):
@@ -372,9 +372,10 @@ def square(
       Andriushchenko, Croce, Flammarion and Hein 2020, Square attack, arXiv:1912.00049; as part of AutoAttack with a
       schedule that is not rescaled: Croce and Hein 2020, arXiv:2003.01690; l1: Croce and Hein 2021, arXiv:2103.01208.
       Differs from the official code: window, signs and orientation are drawn for each example instead of once for a
-      batch; windows reach the last row and column (there they never do, unless they cover the image); the tiles of the
-      start are centered on both axes and sized by the shorter one; a row stops when the model is wrong, not at a margin
-      of exactly zero; `queries` counts the start.
+      batch; in linf, windows reach the last row and column as in the paper, which there they never do (it makes linf
+      stronger); in l2 and l1 they stay away from it as there, because with them at the border the attack was weaker (74
+      instead of 70 % robust on an MNIST network in l1); the tiles of the start are centered on both axes and sized by
+      the shorter one; a row stops when the model is wrong, not at a margin of exactly zero; `queries` counts the start.
     """
     check.choice("norm for square", threat.norm, NORMS)
     unfenced(threat, name)

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from jaxadv import core, models
 from jaxadv.attacks import ATTACKS, SquareAttack, square
-from jaxadv.attacks.blackbox import THRESHOLDS, bump_profile, window_sizes
+from jaxadv.attacks.blackbox import THRESHOLDS, _offsets, bump_profile, window_sizes
 from jaxadv.threats import THREATS, l0, l2, linf, union
 
 KEY = jax.random.key(0)
@@ -85,6 +85,15 @@ def test_windows_have_the_side_that_the_schedule_says(rescale):
             if len(high):  # stripes already of the drawn sign stay as they are: the window's height is certain
                 assert len(high) == sides[stage] and len(wide) <= sides[stage]
                 assert (np.diff(high) == 1).all()
+
+
+@pytest.mark.parametrize("norm, last", [("linf", 9), ("l2", 8), ("l1", 8)])
+def test_windows_begin_everywhere_with_equal_chance_and_reach_the_border_in_linf_only(norm, last):
+    bits = jnp.arange(2**12, dtype=jnp.uint32) << 20
+    places, counts = np.unique(_offsets(bits, jnp.full(2**12, 9), norm), return_counts=True)
+    np.testing.assert_array_equal(places, np.arange(last + 1))
+    assert counts.max() - counts.min() <= 1
+    assert not _offsets(bits, jnp.zeros(2**12, int), norm).any()  # the window covers the image
 
 
 @pytest.mark.slow
@@ -184,7 +193,7 @@ def test_l2_and_l1_spend_the_whole_budget_where_the_box_is_far(norm):
 def proposed_by_slices(norm, point, x, eps, side, bits):
     """The published proposal of l2 and l1 for one image, in float64, with slices, from the drawn numbers."""
     h, w, c = x.shape
-    offsets = [int((b >> 8) * 2.0**-24 * (n - side + 1)) for b, n in zip(bits[:4], (h, w, h, w))]
+    offsets = [int((b >> 8) * 2.0**-24 * (n - side)) for b, n in zip(bits[:4], (h, w, h, w))]
     one, two = (np.s_[r : r + side, k : k + side] for r, k in (offsets[:2], offsets[2:]))
     bump = bump_profile(side, norm).dense()
     bump = bump.T if bits[4] >> 31 else bump
