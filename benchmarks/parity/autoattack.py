@@ -13,7 +13,8 @@ lower by more than half a point, the extra broken examples are judged again in f
 
 Runs that are stored are not repeated. `official` adds its verdicts to `tests/fixtures/autoattack_official.npz`: for
 each NET/NORM/SEED the array `[4, n]` of which examples were robust against APGD-CE, APGD-T, FAB-T and Square alone.
-Data: the folder that JAXADV_DATA names.
+With `--alone ATTACK` it runs one of them, on seeds of which the whole suite would cost too much, and adds an array
+`[1, n]` under NET/NORM/SEED/ATTACK; `ours` follows it there. Data: the folder that JAXADV_DATA names.
 """
 
 import argparse
@@ -123,8 +124,8 @@ def torch_net(arrays, net: str):
     return Net().eval().requires_grad_(False)
 
 
-def official(path: str, checkout: str, nets, norms, seeds, n: int) -> None:
-    """Run the official suite, each attack on all examples, and add the verdicts to the fixture."""
+def official(path: str, checkout: str, nets, norms, seeds, n: int, alone: str | None) -> None:
+    """Run the official suite or one of its attacks, each on all examples, and add the verdicts to the fixture."""
     import torch
 
     sys.path.insert(0, checkout)
@@ -138,21 +139,23 @@ def official(path: str, checkout: str, nets, norms, seeds, n: int) -> None:
         y = torch.tensor(images[f"{net}/y"][:n].astype(np.int64))
         for norm in norms:
             for seed in seeds:
-                if done.get(f"{net}/{norm}/{seed}", np.zeros((0, 0))).shape[1] == n:
+                name = f"{net}/{norm}/{seed}" + (f"/{alone}" if alone else "")
+                if done.get(name, np.zeros((0, 0))).shape[1] == n:
                     continue  # done before
                 start = time.perf_counter()
                 suite = AutoAttack(model, norm=norm, eps=NETS[net][3][norm], seed=seed, verbose=False, device="cpu")
+                suite.attacks_to_run = [alone] if alone else list(ATTACKS)
                 found = suite.run_standard_evaluation_individual(x, y, bs=n)
                 with torch.no_grad():
-                    rows = [(model(found[name]).argmax(1) == y).numpy() for name in ATTACKS]
-                done[f"{net}/{norm}/{seed}"] = np.stack(rows)
+                    rows = [(model(x_adv).argmax(1) == y).numpy() for x_adv in found.values()]
+                done[name] = np.stack(rows)
                 np.savez_compressed(OFFICIAL, **done)
-                alone = " ".join(f"{name} {100 * r.mean():.1f}" for name, r in zip(ATTACKS, rows))
+                each = " ".join(f"{attack} {100 * r.mean():.1f}" for attack, r in zip(found, rows))
                 all_ = 100 * np.all(rows, axis=0).mean()
-                print(f"{net} {norm} {seed}: {alone} all {all_:.1f} ({time.perf_counter() - start:.0f} s)", flush=True)
+                print(f"{name}: {each} all {all_:.1f} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def ours(path: str, nets, norms, seeds, n: int) -> None:
+def ours(path: str, nets, norms, seeds, n: int, alone: str | None) -> None:
     """Run our suite where the official one was run, print both, and judge extra broken examples in float64."""
     import jax
 
@@ -161,8 +164,10 @@ def ours(path: str, nets, norms, seeds, n: int) -> None:
     images, done = np.load(path), np.load(OFFICIAL)
     record = json.loads(STORED.read_text()) if STORED.exists() else {}
     for name in done.files:
-        net, norm, seed = name.split("/")
+        net, norm, seed, *one = name.split("/")
         if net not in nets or norm not in norms or int(seed) not in seeds or done[name].shape[1] != n:
+            continue
+        if one != ([alone] if alone else []):
             continue
         if name in record:
             print(name, "was done before", flush=True)
@@ -174,14 +179,16 @@ def ours(path: str, nets, norms, seeds, n: int) -> None:
         arrays = np.load(weights_of(net))
         model = forward(arrays, net)
         rows, points = [], np.zeros_like(x)
-        for stage in ja.evaluate.PROTOCOLS["standard"](threat.norm):
+        stages = dict(zip(ATTACKS, ja.evaluate.PROTOCOLS["standard"](threat.norm), strict=True))
+        for stage in [stages[alone]] if alone else stages.values():
             report = ja.evaluate(jax.random.key(int(seed)), model, x, y, threat, attacks=(stage,))
             by = np.asarray(report.models[0].examples["by"])
             rows.append(by == -1)
             points = np.where((by >= 0)[:, None, None, None], report.models[0].x_adv, points)
         theirs = done[name]
         pair = {}
-        for label, a, b in zip((*ATTACKS, "all"), (*theirs, theirs.all(0)), (*rows, np.all(rows, axis=0))):
+        labels = (alone,) if alone else (*ATTACKS, "all")
+        for label, a, b in zip(labels, (*theirs, theirs.all(0)), (*rows, np.all(rows, axis=0))):
             pair[label] = {"official": 100 * a.mean(), "jaxadv": 100 * b.mean(), "agree": 100 * (a == b).mean()}
         extra = np.flatnonzero(theirs.all(0) & ~np.all(rows, axis=0))
         pair["extra broken"] = {"n": len(extra), "hold in float64": recheck(arrays, net, x, y, points, extra, threat)}
@@ -218,14 +225,15 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--norms", nargs="+", default=["Linf", "L2", "L1"], choices=["Linf", "L2", "L1"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--alone", choices=ATTACKS, help="this attack only")
     parser.add_argument("-n", type=int, default=1000)
     args = parser.parse_args()
     if args.what == "nets":
         train(args.paths[0], args.n)
     elif args.what == "official":
-        official(*args.paths, args.nets, args.norms, args.seeds, args.n)
+        official(*args.paths, args.nets, args.norms, args.seeds, args.n, args.alone)
     else:
-        ours(args.paths[0], args.nets, args.norms, args.seeds, args.n)
+        ours(args.paths[0], args.nets, args.norms, args.seeds, args.n, args.alone)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def follow(monkeypatch, attack, start, params, x, y):
     monkeypatch.setattr(APGD, "_start", lambda self, keys, threat, eps, x: start)
     monkeypatch.setattr(APGD, "_remember", lambda self, state, point, *verdict: state._replace(found=point))
     model = Partial(cnn, params)
-    state = attack.init(core.example_keys(KEY, attack.name, jnp.arange(len(y))), model, x, y)
+    state = jax.jit(attack.init)(core.example_keys(KEY, attack.name, jnp.arange(len(y))), model, x, y)
     step = jax.jit(lambda s: attack.step(s, model, x, y))
     states = []
     for _ in range(attack.max_steps):
@@ -96,7 +96,9 @@ def test_every_iterate_is_the_official_one(monkeypatch, name):
         attack = RUNS[name](stored["eps"].tolist(), steps=int(stored["steps"]), compat="official", early=False)
         asked, states = follow(monkeypatch, attack, start, params, x, y)
         assert len(asked) == len(stored[f"{name}/loss"]) == attack.max_steps
-        got = losses.cross_entropy(cnn(params, jnp.asarray(asked.reshape(-1, 8, 8, 1))), jnp.tile(y, len(asked)))
+        got = jax.jit(lambda z, y: losses.cross_entropy(cnn(params, z), y))(
+            jnp.asarray(asked.reshape(-1, 8, 8, 1)), jnp.tile(y, len(asked))
+        )
     np.testing.assert_allclose(asked[stored[f"{name}/at"]], stored[f"{name}/path"], atol=1e-5)
     np.testing.assert_allclose(states[-1].best, stored[f"{name}/best"], atol=1e-5)
     if not name.endswith("_t"):

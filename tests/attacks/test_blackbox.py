@@ -74,11 +74,12 @@ def test_windows_have_the_side_that_the_schedule_says(rescale):
     attack = square(linf(0.1), queries=queries, rescale_schedule=rescale)
     _, x, y = problem((16, 16, 1), b=6)
     keys = core.example_keys(KEY, "square", jnp.arange(6))
-    start = attack.init(keys, sturdy(problem((16, 16, 1))[0], 0), x, jnp.zeros_like(y)).point
+    start = jax.jit(attack._start)(keys, x)
     sides = window_sizes("linf", 16, 16)
+    propose = jax.jit(attack._propose)
     for number in range(0, queries - 1, 7):
         steps = jnp.full(6, number, jnp.int32)
-        moved = np.asarray(attack._propose(core.step_keys(keys, steps), start, x, steps) != start)[..., 0]
+        moved = np.asarray(propose(core.step_keys(keys, steps), start, x, steps) != start)[..., 0]
         stage = sum((number * 10_000 // queries if rescale else number) > t for t in THRESHOLDS)
         for row in moved:
             high, wide = (np.flatnonzero(row.any(axis)) for axis in (1, 0))
@@ -130,7 +131,8 @@ def test_a_bump_in_place_is_the_dense_bump_cut_in(norm, turned):
     sizes = window_sizes(norm, 11, 14)
     x = jnp.zeros((3, 11, 14, 1))
     stage, rows, columns = jnp.asarray([0, 3, 9]), jnp.asarray([0, 4, 8]), jnp.asarray([2, 0, 11])
-    placed = np.asarray(_bumps(sizes, norm, stage, rows, columns, jnp.full(3, turned), x))[..., 0]
+    bumps = jax.jit(_bumps, static_argnums=(0, 1))
+    placed = np.asarray(bumps(sizes, norm, stage, rows, columns, jnp.full(3, turned), x))[..., 0]
     for i in range(3):
         side = sizes[int(stage[i])]
         dense = bump_profile(side, norm).dense()
@@ -230,10 +232,10 @@ def test_a_proposal_is_the_published_one(norm):
     attack = square(THREATS[norm](EPS[norm]), queries=3000)
     _, x, _ = problem((11, 9, 2), b=16, low=0.0, high=1.0)
     keys = core.example_keys(KEY, "square", jnp.arange(16))
-    start = attack.threat.project(x + 0.5 * (attack._start(keys, x) - x), x)
+    start = attack.threat.project(x + 0.5 * (jax.jit(attack._start)(keys, x) - x), x)
     number = jnp.asarray([0, 30, 100, 700] * 4, jnp.int32)
     steps = core.step_keys(keys, number)
-    found = np.asarray(attack._propose(steps, start, x, number))
+    found = np.asarray(jax.jit(attack._propose)(steps, start, x, number))
     bits = np.asarray(jax.vmap(lambda k: jax.random.bits(k, (7,)))(steps)).tolist()
     sides = window_sizes(norm, 11, 9)
     for i in range(16):

@@ -174,9 +174,10 @@ def test_newtonfool_goes_down_the_probability_to_its_first_failing_point():
     assert keep.sum() > 8 and (np.asarray(found.size) <= want + step + 1e-4)[keep].all()
     # the step never goes beyond chance in the linearization
     attack = newtonfool(l2(50.0), eta=10.0)
-    state = attack.init(core.example_keys(KEY, "newtonfool", jnp.arange(len(y))), two, jnp.asarray(x), jnp.asarray(y))
-    after = attack.step(state, two, jnp.asarray(x), jnp.asarray(y))
-    value, grad = jax.vmap(jax.value_and_grad(lambda p, i: jax.nn.softmax((p - 0.5) @ w)[i]))(x, y)
+    keys = core.example_keys(KEY, "newtonfool", jnp.arange(len(y)))
+    state = jax.jit(attack.init)(keys, two, jnp.asarray(x), jnp.asarray(y))
+    after = jax.jit(attack.step)(state, two, jnp.asarray(x), jnp.asarray(y))
+    value, grad = jax.jit(jax.vmap(jax.value_and_grad(lambda p, i: jax.nn.softmax((p - 0.5) @ w)[i])))(x, y)
     far = (value - 0.5) / jnp.linalg.norm(grad, axis=-1)
     inside = np.asarray(far) < 0.35
     np.testing.assert_allclose(jnp.linalg.norm(after.point - x, axis=-1)[inside], far[inside], rtol=1e-4)

@@ -76,10 +76,10 @@ def test_jsma_moves_the_pair_that_brute_force_chooses():
     x = jnp.asarray(x)
     for theta in (0.3, -0.3):
         attack = jsma(l0(10.0), theta=theta)
-        state = attack.init(core.example_keys(KEY, "jsma", jnp.arange(len(y))), model, x, goal)
+        state = jax.jit(attack.init)(core.example_keys(KEY, "jsma", jnp.arange(len(y))), model, x, goal)
         held = ~np.asarray(state.wrong)
-        slopes = np.asarray(jax.vmap(jax.jacobian(lambda p: model(p[None])[0]))(x)) * np.sign(theta)
-        after, moved = np.asarray(attack.step(state, model, x, goal).point), 0
+        slopes = np.asarray(jax.jit(jax.vmap(jax.jacobian(lambda p: model(p[None])[0])))(x)) * np.sign(theta)
+        after, moved = np.asarray(jax.jit(attack.step)(state, model, x, goal).point), 0
         for i in np.flatnonzero(held):
             a = slopes[i, target[i]]
             b = slopes[i].sum(0) - a

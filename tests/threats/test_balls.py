@@ -356,4 +356,4 @@ def test_projections_can_be_differentiated(kind):
         def total(point, x, eps):
             return jnp.sum(weight * build(kind, jnp.asarray(eps)).project(jnp.asarray(point), jnp.asarray(x)))
 
-        jax.test_util.check_grads(total, (point, x, eps), 1, modes=["fwd", "rev"], rtol=1e-6)
+        jax.test_util.check_grads(jax.jit(total), (point, x, eps), 1, modes=["fwd", "rev"], rtol=1e-6)

@@ -1,6 +1,7 @@
 """Objectives against closed forms on a linear model, and against a few lines of plain jax."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,12 @@ def test_adversarial_training_of_a_linear_model_is_the_closed_form(kit, key, bal
     net, batch, eps = kit.linear(), kit.rows(), 0.3
     attack = attacks.pgd(ball(eps, WIDE), steps=steps, step_size=eps, start="zero", keep="last")
     objective = train.pgd_at(attack)
-    got, (_, metrics) = objective(net.apply, net.params, net.state, batch, key)
+    got, (_, metrics) = jax.jit(partial(objective, net.apply))(net.params, net.state, batch, key)
     np.testing.assert_allclose(got, closed_form(net.params, batch, eps, dual), atol=2e-6)
     worst = np.asarray(closed_form(net.params, batch, eps, dual))
     np.testing.assert_array_equal(np.asarray(metrics["robust"]) > 0, worst < np.log(2))
 
-    slope = train.grad_fn(objective)(net.apply, net.params, net.state, batch, key)
+    slope = jax.jit(partial(train.grad_fn(objective), net.apply))(net.params, net.state, batch, key)
     want = jax.grad(lambda p: closed_form(p, batch, eps, dual).sum())(net.params)
     for name in want:
         np.testing.assert_allclose(slope.total[name], want[name], atol=5e-6)
@@ -47,7 +48,7 @@ def test_a_growing_budget_is_the_closed_form_at_its_share(kit, key, step):
     batch["step"] = jnp.full(8, step, jnp.int32)
     attack = attacks.pgd(threats.linf(eps, WIDE), steps=2, step_size=eps, start="zero", keep="last")
     objective = train.pgd_at(attack, growth=train.schedules.growth(4))
-    got, _ = objective(net.apply, net.params, net.state, batch, key)
+    got, _ = jax.jit(partial(objective, net.apply))(net.params, net.state, batch, key)
     share = {0: 0.25, 1: 0.5, 3: 1.0, 9: 1.0}[step]
     np.testing.assert_allclose(got, closed_form(net.params, batch, share * eps, 1), atol=2e-6)
 

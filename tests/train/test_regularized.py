@@ -60,8 +60,8 @@ def test_the_gradient_of_a_loss_against_finite_differences(loss):
     x, moved, v = rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), rng.normal(size=(6, 3))
     with jax.enable_x64(True):
         y = jnp.asarray([0, 1, 2, 0], jnp.int32)
-        total = lambda w: loss(jnp.tanh(x @ w), jnp.tanh(moved @ w), y).sum()  # noqa: E731
-        slope = np.asarray(jax.grad(total)(jnp.asarray(v)))
+        total = jax.jit(lambda w: loss(jnp.tanh(x @ w), jnp.tanh(moved @ w), y).sum())
+        slope = np.asarray(jax.jit(jax.grad(total))(jnp.asarray(v)))
         for place in [(0, 0), (2, 1), (5, 2)]:
             step = np.zeros_like(v)
             step[place] = 1e-6

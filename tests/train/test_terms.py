@@ -104,7 +104,7 @@ def test_the_gradient_of_a_term_against_finite_differences(kit, build):
                 return term(model.apply, p, {}, batch, key).sum()
 
         free = jax.jit(free)
-        slope = jax.grad(lambda p: term(model.apply, p, {}, batch, key).sum())(params)["kernel"]
+        slope = jax.jit(jax.grad(lambda p: term(model.apply, p, {}, batch, key).sum()))(params)["kernel"]
         for place in [(0, 0), (4, 2)]:
             step = jnp.zeros((5, 3)).at[place].set(1e-6)
             ends = [float(free(params | {"kernel": params["kernel"] + s * step})) for s in (1, -1)]
