@@ -32,7 +32,7 @@ from jaxadv.core import Attack, Model, Result, Targets, check, joined, run
 from jaxadv.core.rows import flat
 
 
-def _callable(fn: Any) -> Any:
+def as_callable(fn: Any) -> Any:
     """A pytree that can be called; a plain function becomes one."""
     return Partial(fn) if jax.tree.leaves(fn) == [fn] else fn
 
@@ -96,7 +96,7 @@ def straight(forward: Any, backward: Any = identity) -> Model:
     References:
       Athalye et al. 2018, Obfuscated gradients give a false sense of security, sec. 4.1.2, arXiv:1802.00420.
     """
-    return Partial(_straight, _callable(forward), _callable(backward))
+    return Partial(_straight, as_callable(forward), as_callable(backward))
 
 
 @by_parts
@@ -114,7 +114,7 @@ def preprocessed(model: Any, forward: Any) -> Model:
     Returns:
       A model; randomized where one of them is.
     """
-    return Partial(_preprocessed, _callable(forward), _callable(model))
+    return Partial(_preprocessed, as_callable(forward), as_callable(model))
 
 
 def bpda(model: Any, forward: Any, backward: Any = identity) -> Model:
@@ -156,7 +156,7 @@ def rescaled(model: Any, factor: Any) -> Model:
       Carlini and Wagner 2016, Defensive distillation is not robust to adversarial examples, arXiv:1607.04311.
     """
     check.positive("factor", factor, "A usual value is 1 over the median gap of the logits.")
-    return Partial(_rescaled, _callable(model), factor)
+    return Partial(_rescaled, as_callable(model), factor)
 
 
 def smoothed(model: Any, key: Any, *, sigma: Any, samples: int = 16, mean: str = "logits") -> Model:
@@ -210,7 +210,7 @@ def unrolled(step: Any, steps: int) -> Model:
       Croce et al. 2022, Evaluating the adversarial robustness of adaptive test-time defenses, arXiv:2202.13711.
     """
     check.whole("steps", steps)
-    return Partial(_unrolled, _callable(step), np.arange(steps))
+    return Partial(_unrolled, as_callable(step), np.arange(steps))
 
 
 @by_parts
@@ -249,7 +249,7 @@ def rejecting(model: Any, detector: Any, *, threshold: Any = 0.0, factor: Any = 
       `(D(x) + 1) max_i z_i`, which asks for positive logits.
     """
     check.positive("factor", factor, "It scales the detector's score to the size of the logits.")
-    return Partial(_rejecting, _callable(model), _callable(detector), threshold, factor)
+    return Partial(_rejecting, as_callable(model), as_callable(detector), threshold, factor)
 
 
 def sweep(attack: Attack, key: Any, model: Any, x: Any, y: Any, *, classes: int, index: Any = None) -> Result:
@@ -320,7 +320,7 @@ def matched(features: Any, x: Any, y: Any, *, classes: int) -> Model:
     lacking = sorted(set(range(classes)) - set(np.unique(np.asarray(y)).tolist()))
     if lacking:
         raise ValueError(f"each of the {classes} classes needs an example; got none of {lacking[:5]}. Pass more of x.")
-    features = _callable(features)
+    features = as_callable(features)
     return Partial(_matched, features, flat(features(jnp.asarray(x))), jnp.asarray(y), np.arange(classes))
 
 

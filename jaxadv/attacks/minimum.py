@@ -239,21 +239,6 @@ def falling(name: str, pair: tuple[float, float]) -> None:
         raise ValueError(f"{name} must be a falling pair of positive numbers; got {pair}. Swap them?")
 
 
-def not_negative(name: str, value: float, hint: str) -> None:
-    """Check a setting that may be 0.
-
-    Args:
-      name: of the setting.
-      value: its value.
-      hint: what is usual, for the message.
-
-    Raises:
-      ValueError: if it is negative or not finite.
-    """
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0; got {value}. {hint}")
-
-
 def rivals(logits: Float[Array, "b k"], y: Int[Array, " b"], count: int) -> Int[Array, "b c"]:
     """Return the likeliest wrong classes, by falling logit.
 
@@ -396,7 +381,7 @@ def deepfool(
     ball(threat, ("l2", "linf"), name)
     check.whole("steps", steps)
     check.whole("candidates", candidates, least=2)
-    not_negative("overshoot", overshoot, "The authors take 0.02.")
+    check.not_negative("overshoot", overshoot, "The authors take 0.02.")
     return DeepFool(
         threat=threat, name=name, max_steps=steps, early=early, candidates=candidates, overshoot=float(overshoot)
     )

@@ -34,7 +34,7 @@ def from_data(transform: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 @lru_cache
-def _adam(decay: float, square: float) -> optax.GradientTransformation:
+def row_adam(decay: float, square: float) -> optax.GradientTransformation:
     """Cached, so that equal attacks share one compiled program."""
     return from_data(optax.scale_by_adam(b1=decay, b2=square))
 
@@ -65,7 +65,7 @@ def adam_pgd(
     for what, value in (("decay", decay), ("square", square)):
         if not 0 <= value < 1:
             raise ValueError(f"{what} must be a share in [0, 1); got {value}. Adam's own are 0.9 and 0.999.")
-    return pgd(threat, **{"transform": _adam(float(decay), float(square)), "steep": False, "name": name} | settings)
+    return pgd(threat, **{"transform": row_adam(float(decay), float(square)), "steep": False, "name": name} | settings)
 
 
 # -------------------------------------------------------------------------------------------------- conjugate gradients

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxadv.attacks.adaptive import _callable, feature_distance
+from jaxadv.attacks.adaptive import as_callable, feature_distance
 from jaxadv.attacks.draws import Partial, asked, by_parts
 from jaxadv.attacks.gradient import GradientAttack, pgd
 from jaxadv.core import Model, Threat, check
@@ -46,7 +46,7 @@ def flattened(model: Any) -> Model:
     Returns:
       A model; what it is compared with is laid out by the losses here.
     """
-    return Partial(_flattened, _callable(model))
+    return Partial(_flattened, as_callable(model))
 
 
 def minus_squared_error(output: Float[Array, "b k"], y: Any) -> Float[Array, " b"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv.attacks.fab import to_hyperplane
 from jaxadv.attacks.judge import ask, dead
-from jaxadv.attacks.minimum import MinimumNorm, State, aim, ball, mended, nearest_boundary, not_negative, rivals
+from jaxadv.attacks.minimum import MinimumNorm, State, aim, ball, mended, nearest_boundary, rivals
 from jaxadv.core import Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
 from jaxadv.threats import l2
@@ -235,7 +235,7 @@ def sparsefool(
     check.whole("steps", steps)
     check.whole("inner", inner)
     check.positive("reach", reach)
-    not_negative("overshoot", overshoot, "The authors take 0.02.")
+    check.not_negative("overshoot", overshoot, "The authors take 0.02.")
     return SparseFool(
         threat=threat,
         name=name,

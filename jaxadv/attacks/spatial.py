@@ -26,7 +26,7 @@ from jaxadv import losses
 from jaxadv.attacks.gradient import GradientAttack, pgd
 from jaxadv.attacks.gradient import State as Descent
 from jaxadv.attacks.judge import Stepped, ask, better, judge
-from jaxadv.attacks.optimizers import _adam
+from jaxadv.attacks.optimizers import row_adam
 from jaxadv.core import Result, check, edges, pytree, rows, select, static, step_keys
 from jaxadv.core.rows import flat
 from jaxadv.threats.semantic import Component, Semantic
@@ -105,8 +105,7 @@ class Affine(Component):
     def __post_init__(self):
         """Check the ranges."""
         for what in ("degrees", "pixels"):
-            if not (math.isfinite(getattr(self, what)) and getattr(self, what) >= 0):
-                raise ValueError(f"{what} must be finite and at least 0; got {getattr(self, what)}. 0 is no movement.")
+            check.not_negative(what, getattr(self, what), "0 is no movement.")
 
     def ranges(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return lowest, identical and highest angle and shifts."""
@@ -533,5 +532,5 @@ def stadv(
         raise ValueError(f"threat must be semantic(Flow(...), shape) for {name}; got {threat.norm}.")
     check.positive("tau", tau, "Without a penalty use pgd.")
     wiring = {"steps": steps, "step_size": step_size, "start": "zero", "loss": losses.margin, "steep": False}
-    base = pgd(threat, **wiring | {"transform": _adam(0.9, 0.999), "name": name} | settings)
+    base = pgd(threat, **wiring | {"transform": row_adam(0.9, 0.999), "name": name} | settings)
     return StAdv(**vars(base), tau=tau)

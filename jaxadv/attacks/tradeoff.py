@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
 from jaxadv.attacks.judge import ask, dead
-from jaxadv.attacks.minimum import MinimumNorm, State, aim, ball, mended, not_negative, slope
+from jaxadv.attacks.minimum import MinimumNorm, State, aim, ball, mended, slope
 from jaxadv.attacks.optimizers import from_data
 from jaxadv.core import Threat, check, edges, pytree, select, static
 from jaxadv.core.rows import flat, wide
@@ -54,7 +54,7 @@ class Rounds(MinimumNorm):
         check.whole("steps", steps)
         check.whole("rounds", rounds)
         check.positive("constant", constant)
-        not_negative("confidence", confidence, "0 asks for any failure.")
+        check.not_negative("confidence", confidence, "0 asks for any failure.")
         shared = {"length": steps, "constant": float(constant), "confidence": float(confidence), "stop": stop}
         return cls(threat=threat, name=name, max_steps=steps * rounds, **shared, **own)
 
@@ -325,7 +325,7 @@ def ead(
       is judged for each example.
     """
     check.positive("rate", rate)
-    not_negative("beta", beta, "The authors take 1e-3.")
+    check.not_negative("beta", beta, "The authors take 1e-3.")
     check.choice("rule", rule, ("l1", "en"))
     return EAD.build(
         threat, "l1", name, steps=steps, rounds=rounds, constant=constant, confidence=confidence, stop=early,

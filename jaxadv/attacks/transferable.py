@@ -451,8 +451,7 @@ def transferable(
     """
     ball(threat, ("linf", "l2", "l1"), name, fences=True)
     check.whole("neighbors", neighbors, least=0)
-    if not (math.isfinite(beta) and beta >= 0):
-        raise ValueError(f"beta must be finite and at least 0; got {beta}. It is in units of the budget; usual is 1.5.")
+    check.not_negative("beta", beta, "It is in units of the budget; usual is 1.5.")
     wrong = [type(view).__name__ for view in views if not isinstance(view, View)]
     if wrong or "transform" in settings:
         raise ValueError(

@@ -505,8 +505,7 @@ def patch(
         raise ValueError("bounds must be numbers for a patch, which lies anywhere; got arrays. Pass the widest range.")
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale must be a pair of shares with 0 < smallest <= largest <= 1; got {scale}. Swap them?")
-    if not (math.isfinite(degrees) and degrees >= 0):
-        raise ValueError(f"degrees must be finite and at least 0; got {degrees}. 0 lets the patch stand upright.")
+    check.not_negative("degrees", degrees, "0 lets the patch stand upright.")
     if mask is None:
         place = np.arange(side) - (side - 1) / 2
         mask = (place[:, None] ** 2 + place[None] ** 2 <= (side / 2) ** 2).astype(np.float32)

@@ -149,6 +149,22 @@ def positive(name: str, value: Any, hint: str = "") -> None:
         raise ValueError(f"{name} must be finite and greater than 0; got {value}.{' ' + hint if hint else ''}")
 
 
+def not_negative(name: str, value: Any, hint: str = "") -> None:
+    """Refuse a number that is negative or not finite. Traced values pass.
+
+    Args:
+      name: the argument's name.
+      value: a number or an array.
+      hint: what is usual, added to the message.
+
+    Raises:
+      ValueError: if a known value is negative, NaN or infinite.
+    """
+    known = concrete(value)
+    if known is not None and not np.all((known >= 0) & (known < np.inf)):
+        raise ValueError(f"{name} must be finite and at least 0; got {value}.{' ' + hint if hint else ''}")
+
+
 def fraction(name: str, value: float) -> None:
     """Refuse what is no share of a run.
 

@@ -40,6 +40,13 @@ CASES = {
     "endless": (lambda: check.positive("eps", np.inf), ValueError, r"^eps must .*got inf"),
     "some": (lambda: check.positive("eps", np.array([1, 0])), ValueError, r"^eps must .*got \[1 0\]"),
     "none": (lambda: check.positive("eps", np.array([])), ValueError, r"^eps must"),
+    "under": (
+        lambda: check.not_negative("beta", -1e-9, "0 is off."),
+        ValueError,
+        r"^beta must .*got -1e-09\. 0 is off\.",
+    ),
+    "no_number": (lambda: check.not_negative("beta", float("nan")), ValueError, r"^beta must be finite and at least 0"),
+    "without_end": (lambda: check.not_negative("beta", np.array([0, np.inf])), ValueError, r"^beta must"),
     "part": (lambda: check.whole("steps", 1.0), ValueError, r"^steps must .*at least 1; got 1\.0\. Pass int"),
     "yes": (lambda: check.whole("steps", True), ValueError, r"^steps must .*got True"),
     "few": (lambda: check.whole("steps", 0), ValueError, r"^steps must .*got 0"),
@@ -69,6 +76,7 @@ def test_what_is_right_passes():
     check.logits(X, 4)
     check.logits(jnp.asarray(X, jnp.bfloat16))
     check.positive("eps", np.array([1e-30, 3]))
+    check.not_negative("beta", np.array([0, 3]))
     check.whole("n", np.int64(0), least=0)
     assert check.choice("thing", "a", {"a": 5}) == 5 and check.choice("thing", "a", ["a", "b"]) == "a"
     assert check.concrete(3).shape == () and check.concrete(jnp.ones(2)).tolist() == [1, 1]
