@@ -33,7 +33,14 @@ from jaxadv.core.rows import flat
 
 
 def as_callable(fn: Any) -> Any:
-    """A pytree that can be called; a plain function becomes one."""
+    """Return a pytree that can be called.
+
+    Args:
+      fn: such a pytree, or a plain function, which becomes one.
+
+    Returns:
+      The pytree.
+    """
     return Partial(fn) if jax.tree.leaves(fn) == [fn] else fn
 
 

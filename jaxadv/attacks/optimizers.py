@@ -35,7 +35,15 @@ def from_data(transform: optax.GradientTransformation) -> optax.GradientTransfor
 
 @lru_cache
 def row_adam(decay: float, square: float) -> optax.GradientTransformation:
-    """Cached, so that equal attacks share one compiled program."""
+    """Return the direction of Adam, made once, so that equal attacks share one compiled program.
+
+    Args:
+      decay: share of the running mean of gradients that is kept.
+      square: share of the running mean of their squares that is kept.
+
+    Returns:
+      The transformation, with a first state that is made from data.
+    """
     return from_data(optax.scale_by_adam(b1=decay, b2=square))
 
 

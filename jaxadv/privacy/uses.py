@@ -262,7 +262,14 @@ def _split(closed: Any, count: int) -> Graph:
 
 
 def convolves(eqn: Any) -> bool:
-    """Whether an equation is a convolution or holds one."""
+    """Return whether an equation is a convolution or holds one.
+
+    Args:
+      eqn: of a jaxpr.
+
+    Returns:
+      Whether it does, at any depth.
+    """
     inner = [e for value in eqn.params.values() for j in held(value) for e in j.eqns]
     return eqn.primitive.name == "conv_general_dilated" or any(convolves(e) for e in inner)
 
@@ -285,7 +292,14 @@ def _kind(eqn: Any, place: int) -> str | None:
 
 
 def wide(value: Any) -> Any:
-    """At least float32; what is no floating-point number stays."""
+    """Return an array in at least float32.
+
+    Args:
+      value: an array; one that holds no floating-point numbers comes back as it is.
+
+    Returns:
+      The array.
+    """
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return value
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
@@ -318,7 +332,17 @@ def formed(use: Use, root: Any, others: Any, cotangents: Any) -> Any:
 
 
 def rows(use: Use, root: Any, other: Any, cotangent: Any) -> Any:
-    """The gradient of the root for one example (map it over the batch), at least float32."""
+    """Return the gradient of a use's root for one example; map it over the batch.
+
+    Args:
+      use: of a parameter.
+      root: the parameter, before the chain of the use.
+      other: the operand that the parameter meets, of one example.
+      cotangent: of the result, of one example.
+
+    Returns:
+      The gradient in the shape of the root, in at least float32.
+    """
     other, cotangent, root = wide(other), wide(cotangent), wide(root)
     if use.kind != "conv":
         return jax.vjp(lambda root: _apply(use, root, other), root)[1](cotangent)[0]
@@ -458,7 +482,14 @@ def _plain(use: Use) -> int:
 
 
 def gram_cost(use: Use) -> int:
-    """Multiplications for the Gram matrix of the inputs of one use on its own."""
+    """Return how many multiplications the Gram matrix of the inputs of one use takes.
+
+    Args:
+      use: of a parameter.
+
+    Returns:
+      The number for one example; for a convolution the smaller of two ways.
+    """
     if use.kind != "conv":
         return use.sizes()[0] ** 2 * (use.sizes()[1] if use.kind == "dense" else 1)
     spec, shape = use.eqn.params["dimension_numbers"], use.other.aval.shape
@@ -499,7 +530,14 @@ def _tokens(uses: Sequence[Use], others: Sequence[Any], cotangents: Sequence[Any
 
 
 def row_norm(a: Any) -> Any:
-    """The l2 norm of an array in float32; the squares of small values do not underflow."""
+    """Return the l2 norm of an array; the squares of small values do not underflow.
+
+    Args:
+      a: any shape.
+
+    Returns:
+      The norm, a float32 scalar.
+    """
     a = wide(a)
     top = jnp.abs(a).max(initial=0)
     unit = jnp.where((top > 0) & (top < 1), top, 1)
