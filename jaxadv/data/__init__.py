@@ -21,8 +21,10 @@ from jaxadv.data.pipeline import process_rows as process_rows
 from jaxadv.data.pipeline import steps_per_epoch as steps_per_epoch
 from jaxadv.data.prepare import prepare as prepare
 from jaxadv.data.sources import SPLITS as SPLITS
+from jaxadv.data.sources import Blend as Blend
 from jaxadv.data.sources import Source as Source
 from jaxadv.data.sources import arrays as arrays
+from jaxadv.data.sources import blend as blend
 from jaxadv.data.sources import divide as divide
 from jaxadv.data.sources import evaluation_subset as evaluation_subset
 from jaxadv.data.sources import idx as idx

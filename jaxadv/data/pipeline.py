@@ -203,6 +203,46 @@ def make_batch(
     return {"x": batch["x"], "y": batch["y"], "index": index, "mask": mask}
 
 
+def _passes(
+    positions: np.ndarray, rows: int, seed: int, shuffle: bool, drop_last: bool
+) -> tuple[int, Callable[[int], np.ndarray]]:
+    """Return the steps of one pass over some positions, and what step t visits of them: `rows` at a time."""
+    n = len(positions)
+    per_epoch = steps_per_epoch(n, rows, drop_last=drop_last)
+
+    @functools.lru_cache(maxsize=1)
+    def visit(epoch: int) -> np.ndarray:
+        return positions[order(n, seed, epoch)] if shuffle else positions
+
+    def at(step: int) -> np.ndarray:
+        epoch, within = epoch_and_step(step, per_epoch)
+        return visit(epoch)[within * rows : (within + 1) * rows]
+
+    return per_epoch, at
+
+
+def _visits(
+    source: Readable, batch_size: int, seed: int, shuffle: bool, drop_last: bool
+) -> tuple[int, Callable[[int], np.ndarray]]:
+    """Return the steps of an epoch and the positions of step t; each part of a blend makes passes of its own."""
+    blended: Any = getattr(source, "parts", None)
+    if blended is None:
+        return _passes(np.arange(len(source), dtype=np.int32), batch_size, seed, shuffle, drop_last)
+    if not drop_last:
+        raise ValueError(
+            "drop_last must be True for a blend, whose parts end at different steps; got False. "
+            "To visit every example once, read the sources that it was made of."
+        )
+    parts = blended(batch_size)
+    made = [_passes(at, rows, (seed + i) % 2**64, shuffle, True) for i, (at, rows) in enumerate(parts)]
+
+    def positions(step: int) -> np.ndarray:
+        chosen = np.concatenate([at(step) for _, at in made])
+        return chosen[order(batch_size, (seed + len(made)) % 2**64, step)] if shuffle else chosen
+
+    return made[0][0], positions
+
+
 def batches(
     source: Readable,
     batch_size: int,
@@ -219,7 +259,9 @@ def batches(
     """Stream batches, read ahead by one background thread.
 
     Epoch e visits the examples in `order(len(source), seed, e)`. Batches are cut from the global order first and
-    divided between processes second, so one and many processes see the same global batches.
+    divided between processes second, so one and many processes see the same global batches. A source with `parts` (see
+    `data.blend`) gives its fixed share of each part to every batch, in random places of it; each part is visited in an
+    order of its own, and an epoch is one pass over the first part.
 
     Args:
       source: where examples come from.
@@ -228,7 +270,8 @@ def batches(
       start: global step to begin at; the stream equals the uninterrupted one from there on, also in mid-epoch.
       epochs: how many passes the uninterrupted stream makes (counted from step 0, not from `start`); None for no end.
       shuffle: False visits the source in its own order, in every epoch.
-      drop_last: leave out the last, smaller batch of an epoch; False pads it (`mask` False, `index` -1).
+      drop_last: leave out the last, smaller batch of an epoch; False pads it (`mask` False, `index` -1). A blend
+        leaves it out.
       process: (i, n): yield the rows of process i of n, `batch_size / n` of them.
       prefetch: batches read ahead; 0 reads in the caller's thread.
       place: applied to each batch in the background thread, for example `jax.device_put`.
@@ -245,23 +288,16 @@ def batches(
     >>> first["x"].shape, first["y"].dtype.name
     ((32, 8, 8, 1), 'int32')
     """
-    n = len(source)
-    per_epoch = steps_per_epoch(n, batch_size, drop_last=drop_last)
     check.whole("start", start, least=0)
     check.whole("prefetch", prefetch, least=0)
     if epochs is not None:
         check.whole("epochs", epochs, least=0)
     process_rows(batch_size, process)
     order(1, seed, 0)  # refuse a bad seed here, not in the thread
-
-    @functools.lru_cache(maxsize=1)
-    def visit(epoch: int) -> np.ndarray:
-        return order(n, seed, epoch) if shuffle else np.arange(n, dtype=np.int32)
+    per_epoch, positions = _visits(source, batch_size, seed, shuffle, drop_last)
 
     def read(step: int) -> Any:
-        epoch, within = epoch_and_step(step, per_epoch)
-        positions = visit(epoch)[within * batch_size : (within + 1) * batch_size]
-        batch = make_batch(source, positions, batch_size, process=process)
+        batch = make_batch(source, positions(step), batch_size, process=process)
         return batch if place is None else place(batch)
 
     steps = itertools.count(start) if epochs is None else iter(range(start, epochs * per_epoch))

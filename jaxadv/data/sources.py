@@ -1,8 +1,8 @@
 """Where examples come from: plain arrays, IDX and npz files, JPEG copies.
 
-What lives here: `Source` (random access to examples as float32 in the data's range), its makers, the splits, and fixed
-evaluation subsets. What does not: data sets by name and tfds folders (`catalog.py`), batching and order
-(`pipeline.py`), generated data (`synthetic.py`), augmentation.
+What lives here: `Source` (random access to examples as float32 in the data's range), its makers, a blend of two, the
+splits, and fixed evaluation subsets. What does not: data sets by name and tfds folders (`catalog.py`), batching and
+order (`pipeline.py`), generated data (`synthetic.py`), augmentation.
 
 Splits follow one rule. 'test' is the official test set. The official training set is divided, once and for all, into
 'train' and 'validation': the latter is the first `min(5000, n // 10)` (at least one) of `balanced_order(labels,
@@ -258,6 +258,126 @@ def float_bounds(bounds: Sequence[Any]) -> tuple[float, float]:
     if len(values) != 2 or not (math.isfinite(values[0]) and math.isfinite(values[1]) and values[0] < values[1]):
         raise ValueError(f"bounds must be (lowest, highest), finite and lowest < highest; got {tuple(bounds)}.")
     return values[0], values[1]
+
+
+# --- two sources in one ----------------------------------------------------------------------------------------------
+
+
+class _Both:
+    """Rows of one source, and after them, from `since` on, those of another; always floats."""
+
+    scale = 1.0
+
+    def __init__(self, first: Source, second: Source, since: int):
+        self.first, self.second, self.since = first, second, since
+
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        later = rows >= self.since
+        x, y = np.empty((len(rows), *self.first.shape), np.float32), np.empty(len(rows), np.int32)
+        for source, where, off in ((self.first, ~later, 0), (self.second, later, self.since)):
+            if where.any():
+                x[where], y[where] = source._read(rows[where] - off)
+        return x, y
+
+    def labels(self) -> np.ndarray:
+        return np.concatenate([self.first.store.labels()[: self.since], self.second.store.labels()])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blend(Source):
+    """Two sources of which every batch holds a fixed share; built by `blend`. As a `Source`, all rows of both.
+
+    Attributes:
+      share: of the first source in a batch.
+      since: index from which on rows are of the second source; their own index there is `index - since`.
+    """
+
+    share: float = 0.5
+    since: int = 0
+
+    def parts(self, batch_size: int) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
+        """Return for both sources the positions of its examples and the number of its rows in a batch.
+
+        Args:
+          batch_size: rows of the global batch, at least 2.
+
+        Returns:
+          Pairs (positions, rows). The first source has `round(share * batch_size)` rows; both have at least one.
+
+        Raises:
+          ValueError: if a source has fewer examples than a batch needs.
+        """
+        check.whole("batch_size", batch_size, least=2)
+        rows = min(max(1, round(self.share * batch_size)), batch_size - 1)
+        later = self.index >= self.since
+        first, second = (np.flatnonzero(where).astype(np.int32) for where in (~later, later))
+        for which, positions, needed in (("first", first, rows), ("second", second, batch_size - rows)):
+            if len(positions) < needed:
+                raise ValueError(
+                    f"each source of a blend must fill its share of a batch; got {len(positions)} examples of the "
+                    f"{which} for {needed} of {batch_size} rows. Use a smaller batch, or another share."
+                )
+        return (first, rows), (second, batch_size - rows)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """As of a `Source`, of the content of both and of the share."""
+        content = Source.fingerprint.func(self)
+        return hashlib.sha256(repr((content, float(self.share), self.since)).encode()).hexdigest()[:16]
+
+
+def blend(first: Source, second: Source, *, share: float = 0.3) -> Blend:
+    """Put two sources together so that every batch holds a fixed share of each, as training with generated data does.
+
+    `batches` visits each source in passes of its own, so one that is twenty times larger is not repeated as often.
+
+    Args:
+      first: for example the real data.
+      second: for example generated ones; other labels, shapes or bounds are refused.
+      share: of the first in a batch, in (0, 1).
+
+    Returns:
+      A source of all examples, those of `first` first. Indices of `second` are moved beyond those of `first`, from the
+      attribute `since` on, so that every example keeps random keys of its own.
+
+    Raises:
+      ValueError: if the share is none, or the two do not fit together.
+
+    References:
+      Rebuffi et al. 2021, Fixing data augmentation to improve adversarial robustness, arXiv:2103.01946: 30 % real, 70 %
+      generated. The authors shuffle within a buffer; here a pass visits every example, but for a last incomplete batch.
+    """
+    if not 0 < share < 1:
+        raise ValueError(
+            f"share must lie between 0 and 1; got {share}. It is that of the first source: 0.3 is usual with generated "
+            "data, and without any there is nothing to blend."
+        )
+    for source in (first, second):
+        if isinstance(source, Blend):
+            raise ValueError(f"a blend must be made of two plain sources; got the blend {source.name!r}. Join arrays.")
+    fixes = {"shape": "Resize the images of one.", "classes": "Pass classes=, if a class is absent from one."}
+    for what, fix in (fixes | {"bounds": "Bring both to one range."}).items():
+        one, two = getattr(first, what), getattr(second, what)
+        if one != two:
+            raise ValueError(
+                f"sources of a blend must have the same {what}; got {one} of {first.name!r} and {two} of "
+                f"{second.name!r}. {fix}"
+            )
+    since = int(first.index.max()) + 1
+    return Blend(
+        name=f"{first.name}+{second.name}",
+        split=first.split,
+        classes=first.classes,
+        shape=first.shape,
+        bounds=first.bounds,
+        index=np.concatenate([first.index, second.index + np.int32(since)]).astype(np.int32),
+        store=_Both(first, second, since),
+        class_names=first.class_names,
+        title=f"{first.title or first.name} and {second.title or second.name}",
+        credit="; ".join(c for c in (first.credit, second.credit) if c),
+        share=float(share),
+        since=since,
+    )
 
 
 # --- makers ----------------------------------------------------------------------------------------------------------

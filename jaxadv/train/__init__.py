@@ -17,6 +17,7 @@ from jaxadv.train import saliency as saliency
 from jaxadv.train import starts as starts
 from jaxadv.train import terms as terms
 from jaxadv.train.augment import AUGMENTATIONS as AUGMENTATIONS
+from jaxadv.train.augment import box as box
 from jaxadv.train.augment import chain as chain
 from jaxadv.train.augment import crop as crop
 from jaxadv.train.augment import flip as flip
@@ -55,9 +56,11 @@ from jaxadv.train.regularized import trades as trades
 from jaxadv.train.saliency import jsigr as jsigr
 from jaxadv.train.schedules import SCHEDULES as SCHEDULES
 from jaxadv.train.starts import started as started
+from jaxadv.train.terms import cutmix as cutmix
 from jaxadv.train.terms import grad_align as grad_align
 from jaxadv.train.terms import masked as masked
 from jaxadv.train.terms import plus as plus
+from jaxadv.train.terms import softened as softened
 from jaxadv.train.trainer import Gradient as Gradient
 from jaxadv.train.trainer import TrainState as TrainState
 from jaxadv.train.trainer import accumulated as accumulated

@@ -1,7 +1,7 @@
 """Augmentations: pure functions `(key, x) -> x` of ONE example, which the trainer maps over the batch inside the step.
 
-What lives here: the crop and flip of the CIFAR recipes. What does not: mixing examples (each row lives alone, which
-private training and the keys by dataset index rely on).
+What lives here: the crop and flip of the CIFAR recipes, and the box of CutMix. What does not: mixing examples (each row
+lives alone, which private training and the keys by dataset index rely on; `terms.cutmix` mixes).
 """
 
 from collections.abc import Callable
@@ -48,6 +48,35 @@ def flip() -> Callable:
         return jnp.where(jax.random.bernoulli(key), x[:, ::-1], x)
 
     return augment
+
+
+def box(key, height: int, width: int):
+    """Draw the box of CutMix: its shape is that of the image, its center anywhere, and what lies outside is cut off.
+
+    Before that its share of the area is uniform in (0, 1], the complement of Beta(1, 1); its sides are even numbers.
+
+    Args:
+      key: a typed key.
+      height: of the image.
+      width: of the image.
+
+    Returns:
+      bool `[height, width]`, True inside; nowhere, if the share is small.
+
+    References:
+      Yun et al. 2019, CutMix: regularization strategy to train strong classifiers with localizable features,
+      arXiv:1905.04899, eq. 2; rounded as in the code of Rebuffi et al. 2021, arXiv:2103.01946.
+    """
+    share, *places = jax.random.split(key, 3)
+    side = jnp.sqrt(1 - jax.random.uniform(share))
+
+    def inside(key, n):
+        center, half = jax.random.randint(key, (), 0, n), jnp.floor(n * side).astype(jnp.int32) // 2
+        place = jnp.arange(n)
+        return (place >= center - half) & (place < center + half)
+
+    rows, columns = (inside(key, n) for key, n in zip(places, (height, width)))
+    return rows[:, None] & columns[None]
 
 
 def chain(*augmentations: Callable) -> Callable:

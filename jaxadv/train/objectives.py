@@ -142,6 +142,33 @@ def clean_logits(model, batch):
     return lax.stop_gradient(model(batch["x"]))
 
 
+def targets(model, batch):
+    """Guide an attack by what a batch is learned with: probabilities, where labels are soft or mixed, or labels.
+
+    Args:
+      model: the frozen model.
+      batch: the batch.
+
+    Returns:
+      `[b, k]` or int `[b]`; `minus_soft_cross_entropy` takes either.
+    """
+    del model
+    return batch.get("target", batch["y"])
+
+
+def minus_soft_cross_entropy(logits, y):
+    """Return minus the cross-entropy to probabilities or labels: what an attack guided by `targets` minimizes.
+
+    Args:
+      logits: `[b, k]`.
+      y: `[b, k]` probabilities, or int `[b]`.
+
+    Returns:
+      `[b]`. Up to a constant, and in its gradient, it is `losses.minus_kl` from a prediction with these probabilities.
+    """
+    return -losses.cross_entropy(logits, y)
+
+
 def _find(apply, params, state, batch, key, *, attack, guide, growth, bn_attack):
     """The batch, and what an attack on the frozen model finds from it."""
     model = frozen(apply, params, state, bn=bn_attack)
@@ -164,7 +191,8 @@ def _loss(apply, params, state, batch, key, *, loss, points, running, bn, taps=(
         logits[name], seen = out if taps else (out, {})
         logits |= {(name, tap): value for tap, value in seen.items()}
         check.logits(logits[name], batch["x"].shape[0])
-    metrics = {name: robust(logits[name], batch["y"]).astype(jnp.float32) for name in points}
+    y = batch["y"] if batch["y"].ndim == 1 else jnp.argmax(batch["y"], axis=-1)  # of a mixture, its largest class
+    metrics = {name: robust(logits[name], y).astype(jnp.float32) for name in points}
     return loss(logits, batch), (state, metrics)
 
 

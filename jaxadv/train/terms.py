@@ -1,10 +1,15 @@
-"""Terms that are added to the loss of any objective: penalties on gradients, Jacobians and weights, and masked inputs.
+"""What is put around any objective: penalties on gradients, Jacobians and weights, masked inputs, soft or mixed labels.
 
-What lives here: `plus`, the terms, GradAlign as their wiring, pixel masking. What does not: objectives of the logits
-alone (`regularized.py`).
+What lives here: `plus`, the terms, GradAlign as their wiring, pixel masking, label smoothing of chosen rows, CutMix.
+What does not: objectives of the logits alone (`regularized.py`).
 
 A term is `(apply, params, state, batch, key) -> [b]` and leaves running statistics alone. Like a loss it belongs to
 examples and is never averaged here; a penalty on weights is the same for each row.
+
+Soft labels: a batch may hold probabilities as `target` float `[b, k]`. The search still sees integer labels as `y`, of
+the class with the largest probability, so any attack works (one guided by `objectives.targets` follows the
+probabilities); the loss sees the probabilities as `y`, so objectives built on the cross-entropy to `y` can be wrapped:
+`standard`, `pgd_at` and its wirings, `trades`, `advlc`. Others need integer labels.
 """
 
 import dataclasses
@@ -19,8 +24,10 @@ from jax import lax
 
 from jaxadv import losses
 from jaxadv.core import Objective, PyTree, Threat, check, example_keys, rows
-from jaxadv.train.objectives import Adversarial, fgsm_at, halves
+from jaxadv.train.augment import box
+from jaxadv.train.objectives import Adversarial, check_smoothing, fgsm_at, halves
 from jaxadv.train.perturbed import kernels
+from jaxadv.train.regularized import partners
 
 
 def _sum(apply, params, state, batch, key, *, loss, term, weight, name):
@@ -283,3 +290,121 @@ def masked(objective: Objective, ratio: float = 0.4) -> Adversarial:
     check.fraction("ratio", ratio)
     find, loss = halves(objective)
     return Adversarial(partial(_masked_find, find=find, ratio=ratio), partial(_masked_loss, loss=loss, ratio=ratio))
+
+
+def _aimed_find(apply, params, state, batch, key, *, find, aim):
+    return find(apply, params, state, aim(batch, key), key)
+
+
+def _aimed_loss(apply, params, state, batch, key, *, loss):
+    if "target" not in batch:
+        raise ValueError(
+            "soft labels are made in the search of an objective; got a batch without target. A gradient function that "
+            "skips the search (train.free)? Use one that runs it."
+        )
+    return loss(apply, params, state, batch | {"y": batch["target"]}, key)
+
+
+def _aimed(objective: Objective, aim: Callable) -> Adversarial:
+    """Let `aim`, `(batch, key) -> batch` with a target, come before the search."""
+    find, loss = halves(objective)
+    return Adversarial(partial(_aimed_find, find=find, aim=aim), partial(_aimed_loss, loss=loss))
+
+
+def _target(batch, classes):
+    """The probabilities that a batch is learned with."""
+    return batch["target"] if "target" in batch else jax.nn.one_hot(batch["y"], classes, dtype=batch["x"].dtype)
+
+
+def _soft(batch, key, *, classes, smoothing, since):
+    del key
+    share = jnp.where(batch["index"] >= since, smoothing, 0.0).astype(batch["x"].dtype)[:, None]
+    return batch | {"target": (1 - share) * _target(batch, classes) + share / classes}
+
+
+def softened(objective: Objective, classes: int, smoothing: float = 0.1, *, since: int = 0) -> Objective:
+    """Smooth the labels of some rows: of generated data, say, whose labels were guessed.
+
+    | case | result |
+    | --- | --- |
+    | `smoothing = 0` | the objective itself |
+    | `since = 0` | all rows, as `label_smoothing` of the objectives does |
+
+    Args:
+      objective: one that takes probabilities in the place of labels; see the module.
+      classes: number of classes.
+      smoothing: weight of the uniform distribution, in [0, 1).
+      since: dataset index from which on rows are smoothed; that of a `data.blend` is its attribute `since`.
+
+    Returns:
+      The objective.
+
+    Raises:
+      ValueError: on impossible settings.
+
+    References:
+      Gowal et al. 2020, Uncovering the limits of adversarial training, arXiv:2010.03593; code
+      google-deepmind/deepmind-research, adversarial_robustness (0.1, on extra data only).
+    """
+    check.whole("classes", classes, least=2)
+    check.whole("since", since, least=0)
+    if not check_smoothing(smoothing):
+        return objective
+    return _aimed(objective, partial(_soft, classes=classes, smoothing=smoothing, since=since))
+
+
+def _cut(batch, key, *, classes, share, shared):
+    x, index = batch["x"], batch["index"]
+    if x.ndim != 4:
+        raise ValueError(f"cutmix must get images [b, h, w, c]; got x of shape {x.shape}. Leave it out for other data.")
+    keys = example_keys(key, "box", index * 0 if shared else index)
+    inside = jax.vmap(lambda k: box(k, *x.shape[1:3]))(keys)
+    if share < 1:
+        drawn = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 3), share))(keys)
+        inside = inside & drawn[:, None, None]
+    other = partners(example_keys(key, "partner", index), batch["mask"])
+    own = 1 - jnp.mean(inside, axis=(1, 2), dtype=x.dtype)[:, None]
+    target = _target(batch, classes)
+    target = own * target + (1 - own) * target[other]
+    y = jnp.argmax(target, axis=-1).astype(batch["y"].dtype)
+    return batch | {"x": jnp.where(inside[..., None], x[other], x), "y": y, "target": target}
+
+
+def cutmix(objective: Objective, classes: int, *, share: float = 1.0, shared: bool = False) -> Objective:
+    """CutMix: put a box of another example into each, and mix their labels by what is seen of both.
+
+    `x' = x` outside a box and `x_j` inside, `y' = λ y + (1 - λ) y_j`, λ the share of the image outside the box after it
+    was cut at the borders (`augment.box`). The search starts from the mixed images, and every loss is taken at them.
+
+    | case | result |
+    | --- | --- |
+    | `share = 0` | the objective itself |
+    | a box of no pixels (λ = 1) | that row's loss, to rounding |
+    | a single row | is its own partner: nothing changes |
+    | private training | refuses it: a row's loss depends on another row |
+
+    Args:
+      objective: one that takes probabilities in the place of labels; see the module. For the attack to follow them
+        too, give it the guide `objectives.targets` and the loss `objectives.minus_soft_cross_entropy`.
+      classes: number of classes.
+      share: probability that an example gets a box.
+      shared: whether the rows of a step have one box for all, as published, or each its own.
+
+    Returns:
+      The objective; metrics count the class with the largest share.
+
+    Raises:
+      ValueError: on impossible settings; when called, if the examples are no images.
+
+    References:
+      Yun et al. 2019, CutMix, arXiv:1905.04899, algorithm A1; for adversarial training Rebuffi et al. 2021, Fixing data
+      augmentation to improve adversarial robustness, arXiv:2103.01946. The authors draw a permutation, which may leave
+      rows alone, for each of four parts of a batch; here the rows form one random cycle that does not depend on their
+      order. Partners come from the same part of an accumulated batch, and under `shard_map`, `pmap` and `vmap` from the
+      same shard.
+    """
+    check.whole("classes", classes, least=2)
+    check.fraction("share", share)
+    if not share:
+        return objective
+    return _aimed(objective, partial(_cut, classes=classes, share=share, shared=shared))
