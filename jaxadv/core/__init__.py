@@ -14,6 +14,8 @@ from jaxadv.core.keys import example_keys as example_keys
 from jaxadv.core.keys import step_keys as step_keys
 from jaxadv.core.loop import canonical as canonical
 from jaxadv.core.loop import loop as loop
+from jaxadv.core.memory import landmark as landmark
+from jaxadv.core.memory import rematerialized as rematerialized
 from jaxadv.core.rows import select as select
 from jaxadv.core.run import advance as advance
 from jaxadv.core.run import best_of as best_of

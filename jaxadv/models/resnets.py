@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxadv.core import check
+from jaxadv.core import check, landmark
 from jaxadv.models.channels import gates
 from jaxadv.models.nets import ACTIVATIONS, Net, conv, dense, image_shape, normalizer
 from jaxadv.models.norms import Dropout
@@ -126,9 +126,9 @@ class ResNet(Net):
         x = self.conv1(x)
         for stage in range(1, self.stages):
             for block in getattr(self, f"layer{stage}"):
-                x = block(x)
+                x = landmark(block(x))
         for block, gate in zip(getattr(self, f"layer{self.stages}"), self.gates):
-            x = gate(block(x))
+            x = landmark(gate(block(x)))
         if self.final_norm:
             x = self.activation(self.bn(x))
         return self.linear(x.mean((1, 2)))
@@ -390,5 +390,5 @@ class PrivateWideResNet(Net):
         """Return logits from the normalized input."""
         x = self.conv1(x)
         for block in self.blocks:
-            x = block(x)
+            x = landmark(block(x))
         return self.linear(self.norm(self.activation(x)).mean((1, 2)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxadv.core import check
+from jaxadv.core import check, landmark
 from jaxadv.models.nets import Net, conv, dense, image_shape
 from jaxadv.models.norms import Layer, NoNorm
 
@@ -141,5 +141,5 @@ class ViT(Net):
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = x + self.positions[...][None].astype(x.dtype)
         for block in self.blocks:
-            x = block(x)
+            x = landmark(block(x))
         return self.linear(self.norm(x).mean(1))

@@ -129,6 +129,7 @@ def fit(
     gradient: Callable = grad_fn,
     private: Plan | None = None,
     replays: int = 1,
+    remat: bool = False,
     how: str = "jit",
     mesh: Any = None,
     layout: Any = None,
@@ -167,6 +168,8 @@ def fit(
         the noisy mean, so weight decay acts after the clip. The guarantee is for the returned parameters and their
         average; it needs a secret `key`, and all else in the folder is private data.
       replays: number of steps in a row that get the same minibatch; `steps` counts them all.
+      remat: for large networks: backward passes keep only what blocks hand on, and compute the rest again; see
+        `core.rematerialized`.
       how: executor, see `parallel.compile_step`.
       mesh: the devices, of all processes; None is one.
       layout: how parameters and averages lie on the devices, e.g. `parallel.fsdp()`; None keeps all on each.
@@ -212,7 +215,7 @@ def fit(
         check_private(private, objective, trainable, data, given | {"batch_size": batch_size, "steps": steps})
         parts |= {"gradient": private_grad_fn(private, augment), "augment": None, "divisor": private.size}
         optimizer = optax.chain(private.stage(purpose(key, "noise")), optimizer)
-    step = make_step(trainable.apply, objective, optimizer, **parts)
+    step = make_step(trainable.apply, objective, optimizer, remat=remat, **parts)
     carries = getattr(gradient, "carry", None)
     carry = None if carries is None else carries((batch_size, *data.shape))
     start = init(key, trainable, optimizer, ema=ema is not None, carry=carry)

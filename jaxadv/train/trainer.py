@@ -18,7 +18,18 @@ import optax
 from jax import lax
 
 from jaxadv import parallel
-from jaxadv.core import Attack, Objective, PyTree, Trainable, canonical, check, example_keys, robust, rows
+from jaxadv.core import (
+    Attack,
+    Objective,
+    PyTree,
+    Trainable,
+    canonical,
+    check,
+    example_keys,
+    rematerialized,
+    robust,
+    rows,
+)
 from jaxadv.train.objectives import frozen
 
 PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
@@ -355,6 +366,7 @@ def make_step(
     ema_warmup: bool = True,
     augment: Callable | None = None,
     replays: int = 1,
+    remat: bool = False,
     divisor: float | None = None,
 ) -> Callable:
     """Build the step of training, a pure function of one shard that every executor can compile.
@@ -371,6 +383,7 @@ def make_step(
       ema_warmup: see `averaged`.
       augment: `(key, x) -> x` for ONE example, drawn anew at every step, or for every minibatch that is replayed.
       replays: number of steps in a row that get the same minibatch.
+      remat: whether backward passes keep only what blocks hand on; see `core.rematerialized`.
       divisor: what summed gradients are divided by; None is the number of rows that are not padding. Private training
         divides by the expected number, which is public.
 
@@ -382,7 +395,7 @@ def make_step(
     """
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"ema must be a decay between 0 and 1; got {ema}. 0.999 is usual; None keeps no average.")
-    applied = in_precision(apply, precision, bn_groups)
+    applied = in_precision(rematerialized(apply) if remat else apply, precision, bn_groups)
     compute = accumulated(gradient(objective), accumulate)
 
     def step(state: TrainState, batch, *, axis_name=None):

@@ -68,6 +68,13 @@ def test_the_step_is_compiled_once(kit, key):
     assert len(traces) == 1
 
 
+def test_a_rematerialized_network_learns_the_same(kit, key):
+    given = arguments(kit, steps=3, trainable=kit.mlp("batch"), attack=None, validation=None)
+    once, again = train.fit(key, **given), train.fit(key, **given, remat=True)
+    for a, b in zip(kit.leaves(once), kit.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_the_network_that_was_given_stays_alive(kit, key):
     given = arguments(kit, ema=0.9)
     before = kit.leaves(given["trainable"].params)
