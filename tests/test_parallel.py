@@ -368,6 +368,30 @@ def test_varying_takes_a_plain_name_as_checked():
 # ---------------------------------------------------------------------- meshes, padding, processes, errors
 
 
+class Chip:
+    """A device of a slice, as far as a mesh looks at it."""
+
+    platform, device_kind, process_index = "gpu", "chip", 0
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index = number, slice_index
+
+    def __repr__(self):
+        return f"{self.slice_index}:{self.id}"
+
+
+def test_only_the_first_axis_of_a_mesh_spans_slices():
+    mixed = [Chip(i, i % 2) for i in range(8)]
+    mesh = parallel.make_mesh(mixed, {"data": 4, "model": 2})
+    assert mesh.axis_names == ("data", "model") and {chip.id for chip in mesh.devices.flat} == set(range(8))
+    assert [[chip.slice_index for chip in row] for row in mesh.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert [chip.slice_index for chip in parallel.make_mesh(mixed).devices] == [0] * 4 + [1] * 4
+    one = parallel.make_mesh(mixed, {"slice": 2, "data": 4}, explicit=True)
+    assert one.axis_types == (AxisType.Explicit,) * 2
+    with pytest.raises(ValueError, match="multiple of the 2 slices .* got {'model': 1, 'data': 8}.*rows first"):
+        parallel.make_mesh(mixed, {"model": 1, "data": 8})
+
+
 def test_make_mesh_takes_a_count_devices_or_axes():
     assert dict(parallel.make_mesh().shape) == {"data": len(jax.devices())} == {"data": 8}
     assert parallel.make_mesh().axis_types == (AxisType.Auto,)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxadv.core import PyTree, check
@@ -24,6 +25,9 @@ def make_mesh(
 ) -> Mesh:
     """Arrange devices in a named mesh.
 
+    Devices of several slices (TPU pods joined by an ordinary network) are arranged so that only the first axis spans
+    slices: sums over the others stay within one, and a sum over the first crosses the slow network once.
+
     Args:
       devices: the devices, or how many of `jax.devices()` to take; None takes as many as `axes` says, or all.
       axes: name to size of each mesh axis, e.g. `{'data': 8}`; None puts all devices on the axis `data`.
@@ -33,7 +37,8 @@ def make_mesh(
       The mesh.
 
     Raises:
-      ValueError: if there are not so many devices, or the axes do not multiply to the number of devices.
+      ValueError: if there are not so many devices, the axes do not multiply to the number of devices, or the first
+        one is no multiple of the number of slices.
     """
     known = jax.devices()
     if devices is None:
@@ -52,8 +57,18 @@ def make_mesh(
             f"the axes of a mesh must multiply to its {len(devices)} devices; got {axes}. "
             "Pass fewer devices or another size of an axis."
         )
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=list(devices), axis_types=(kind,) * len(axes))
+    kinds = (AxisType.Explicit if explicit else AxisType.Auto,) * len(axes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=list(devices), axis_types=kinds)
+    first, *others = axes.values()
+    if first % slices:
+        raise ValueError(
+            f"the first axis of a mesh must be a multiple of the {slices} slices that its devices belong to; got "
+            f"{axes}. Put the axis that shares rows first."
+        )
+    within, across = (first // slices, *others), (slices, *(1 for _ in others))
+    return Mesh(create_hybrid_device_mesh(within, across, list(devices)), tuple(axes), axis_types=kinds)
 
 
 def local(mesh: Mesh | None) -> Mesh | None:
