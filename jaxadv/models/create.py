@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxadv.core import Trainable, check
 from jaxadv.models.adapt import trainable
+from jaxadv.models.bottlenecks import ResNet50
 from jaxadv.models.nets import MLP, MadryCNN, Net, SmallCNN
 from jaxadv.models.resnets import PreActResNet18, PrivateWideResNet, WideResNet
 from jaxadv.models.vit import ViT
@@ -20,6 +21,7 @@ NETS: dict[str, type[Net]] = {
     "cnn_small": SmallCNN,
     "cnn_madry": MadryCNN,
     "preact_resnet18": PreActResNet18,
+    "resnet50": ResNet50,
     "wide_resnet": WideResNet,
     "wide_resnet_private": PrivateWideResNet,
     "vit": ViT,

@@ -156,6 +156,7 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "cnn_madry": ((r"^0\.", "conv1."), (r"^3\.", "conv2."), (r"^7\.", "dense1."), (r"^9\.", "dense2.")),
     "preact_resnet18": _RESIDUAL,
     "wide_resnet": ((r"^bn1\.", "bn."), *_RESIDUAL),
+    "resnet50": ((r"\.downsample\.0\.", ".shortcut."), (r"\.downsample\.1\.", ".bn0."), (r"^fc\.", "linear.")),
 }
 
 _IGNORED = re.compile(r"(\.num_batches_tracked$|^sub_block1\.)")
@@ -199,6 +200,7 @@ def from_torch_arrays(spec: Mapping[str, Any], arrays: Mapping[str, Any]) -> Tra
         | `cnn_madry` | `nn.Sequential` with max pooling: `0.*`, `3.*` convolutions, `7.*`, `9.*` linear |
         | `preact_resnet18` | `conv1.*`, `layer1.0.bn1.*`, `layer2.0.shortcut.0.*`, `bn.*`, `linear.*`, ... |
         | `wide_resnet` | as above with `bn1` or `bn` at the end, or TRADES `block1.layer.0.*`, `convShortcut`, `fc` |
+        | `resnet50` | torchvision's: `conv1.*`, `bn1.*`, `layer1.0.conv3.*`, `layer1.0.downsample.0.*`, `fc.*`, ... |
 
     Returns:
       The trainable.

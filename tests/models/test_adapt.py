@@ -50,7 +50,8 @@ def assert_one_trace(make, x):
 @pytest.mark.parametrize("name", models.NETS)
 def test_new_weights_have_the_same_structure_and_other_networks_another(name):
     small = {"depth": 10, "width": 1}
-    options = {"preact_resnet18": {"width": 2}, "wide_resnet": small, "wide_resnet_private": small}.get(name, {})
+    residual = {"preact_resnet18": {"width": 2}, "resnet50": {"width": 2, "depths": (1,)}}
+    options = (residual | {"wide_resnet": small, "wide_resnet_private": small}).get(name, {})
 
     def built(seed, classes=3):
         def make(key):

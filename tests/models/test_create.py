@@ -39,6 +39,7 @@ def test_a_spec_survives_json_and_builds_the_same_network(name, key):
     options = {
         "mlp": {"widths": (5, 4)},
         "preact_resnet18": {"width": 2},
+        "resnet50": {"width": 2, "depths": (1, 2)},
         "wide_resnet": {"depth": 10, "width": 1},
         "wide_resnet_private": {"depth": 10, "width": 1},
     }.get(name, {})

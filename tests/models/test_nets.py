@@ -27,6 +27,7 @@ from jaxadv.models.nets import (
 
 SMALL = {
     "preact_resnet18": {"width": 2},
+    "resnet50": {"width": 2, "depths": (1,)},
     "wide_resnet": {"depth": 10, "width": 1},
     "wide_resnet_private": {"depth": 10, "width": 1},
     "vit": {"width": 8, "depth": 1},

@@ -13,7 +13,11 @@ from jaxadv import models
 from jaxadv.models.weights import SCHEMA
 
 OPTIONS = {"mlp": {"widths": (5,)}, "preact_resnet18": {"width": 2}, "wide_resnet": {"depth": 10, "width": 1}}
-OPTIONS |= {"wide_resnet_private": OPTIONS["wide_resnet"], "vit": {"width": 8, "depth": 1}}
+OPTIONS |= {
+    "resnet50": {"width": 2, "depths": (1,)},
+    "wide_resnet_private": OPTIONS["wide_resnet"],
+    "vit": {"width": 8, "depth": 1},
+}
 
 
 @pytest.fixture
