@@ -40,6 +40,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("standard_digits", "fast_digits", "pgd_digits"), ("cnn_small", {})),
     "fast_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "raw", "width": 64}),
     "pgd_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "preact", "width": 64}),
+    "trades_cifar10_wrn28_10": ("wide_resnet", {**_CIFAR10, "depth": 28, "width": 10, "activation": "silu"}),
     "dp_mnist": ("cnn_small", {}),
     "dp_cifar10_wrn16_4": (
         "wide_resnet_private",

@@ -16,6 +16,9 @@ from jaxadv import data as data_room
 from jaxadv.core import Threat, Trainable, check
 from jaxadv.train.driver import fit
 
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+
 _VALIDATION = 500
 
 

@@ -18,13 +18,13 @@ import optax
 from jaxadv import attacks, continuous
 from jaxadv.core import Threat, check
 from jaxadv.train import augment, objectives, schedules
+from jaxadv.train.assembly import CIFAR10_MEAN as CIFAR10_MEAN
+from jaxadv.train.assembly import CIFAR10_STD as CIFAR10_STD
 from jaxadv.train.assembly import assemble, judge, linf, network, passes
 from jaxadv.train.assembly import hold_out as hold_out
 from jaxadv.train.driver import Collapse
 from jaxadv.train.private_recipes import dp_cifar10_wrn16_4, dp_mnist
-
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+from jaxadv.train.trades_recipes import trades_cifar10_wrn28_10
 
 
 def _watch(threat: Threat, every: int, action: str) -> Collapse:
@@ -372,6 +372,7 @@ def fast_cifar10(
     alpha: float | None = None,
     epochs: float = 15,
     lr_max: float = 0.2,
+    label_smoothing: float = 0.0,
     width: int = 64,
     validation=None,
     **overrides,
@@ -382,8 +383,10 @@ def fast_cifar10(
     learning rate 0 -> 0.2 -> 0 with its peak at half, 15 epochs, crop and flip, half precision (theirs float16 with
     loss scale, ours bfloat16).
     Ours: statistics of the batch in the attack without updating the running ones, and the watch for collapse on 512
-      fixed
-    examples, twice an epoch.
+    fixed examples, twice an epoch.
+
+    The FastAT benchmark (arXiv:2604.22853) finds averaged weights, smoothed labels and early stopping worth six points
+    to PGD training; here they are `fast_cifar10(data, ema=0.999, label_smoothing=0.4, keep="best")`.
 
     Args:
       data: training source.
@@ -392,6 +395,7 @@ def fast_cifar10(
       alpha: step length; default 1.25 eps. At larger budgets that collapses; 13/255 works at 12/255.
       epochs: passes over the training data.
       lr_max: highest learning rate.
+      label_smoothing: weight of the uniform distribution in the labels.
       width: channels of the first stage.
       validation: see `standard_mnist`.
       **overrides: any argument of `fit`.
@@ -407,7 +411,7 @@ def fast_cifar10(
     half = max(1, len(data) // (2 * overrides.get("batch_size", 128)))
     return _cifar10(
         data,
-        objectives.fgsm_rs(threat, alpha=alpha),
+        objectives.fgsm_rs(threat, alpha=alpha, label_smoothing=label_smoothing),
         threat,
         seed=seed,
         validation=validation,
@@ -644,6 +648,7 @@ RECIPES: dict[str, Callable[..., dict[str, Any]]] = {
     "pgd_digits": pgd_digits,
     "fast_cifar10": fast_cifar10,
     "pgd_cifar10": pgd_cifar10,
+    "trades_cifar10_wrn28_10": trades_cifar10_wrn28_10,
     "odenet_mnist": odenet_mnist,
     "tisode_mnist": tisode_mnist,
     "zerosnet_cifar10": zerosnet_cifar10,
