@@ -29,9 +29,10 @@ from jaxadv.cli.privacy import secret_key, spent_words
 from jaxadv.cli.progress import Progress, note, say
 from jaxadv.core import check
 from jaxadv.evaluate.engine import evaluate as measure
+from jaxadv.train.imagenet_recipes import IMAGENET_MEAN, IMAGENET_STD
 from jaxadv.train.private_recipes import DP_MEAN, DP_STD
 
-DATA_OF = {"mnist": "mnist", "digits": "digits", "cifar10": "cifar10_jpeg"}
+DATA_OF = {"mnist": "mnist", "digits": "digits", "cifar10": "cifar10_jpeg", "imagenet": "tfds:imagenet"}
 """Word of a recipe's name to the data set it is made for."""
 
 _CIFAR10 = {"mean": train.recipes.CIFAR10_MEAN, "std": train.recipes.CIFAR10_STD}
@@ -41,6 +42,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "fast_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "raw", "width": 64}),
     "pgd_cifar10": ("preact_resnet18", {**_CIFAR10, "shortcut": "preact", "width": 64}),
     "trades_cifar10_wrn28_10": ("wide_resnet", {**_CIFAR10, "depth": 28, "width": 10, "activation": "silu"}),
+    "pgd_imagenet": ("resnet50", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "width": 64, "depths": (3, 4, 6, 3)}),
     "dp_mnist": ("cnn_small", {}),
     "dp_cifar10_wrn16_4": (
         "wide_resnet_private",

@@ -21,6 +21,7 @@ from jaxadv.train.augment import box as box
 from jaxadv.train.augment import chain as chain
 from jaxadv.train.augment import crop as crop
 from jaxadv.train.augment import flip as flip
+from jaxadv.train.augment import resized_crop as resized_crop
 from jaxadv.train.channels import cifs as cifs
 from jaxadv.train.channels import joint_model as joint_model
 from jaxadv.train.checkpoint import CheckpointError as CheckpointError

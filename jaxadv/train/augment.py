@@ -1,6 +1,6 @@
 """Augmentations: pure functions `(key, x) -> x` of ONE example, which the trainer maps over the batch inside the step.
 
-What lives here: the crop and flip of the CIFAR recipes, and the box of CutMix. What does not: mixing examples (each row
+What lives here: crops and flips of the recipes, and the box of CutMix. What does not: mixing examples (each row
 lives alone, which private training and the keys by dataset index rely on; `terms.cutmix` mixes).
 """
 
@@ -33,6 +33,45 @@ def crop(pad: int = 4, *, mirror: bool = False) -> Callable:
         sides = ((pad, pad), (pad, pad), (0, 0))
         wide = jnp.pad(x, sides, mode="symmetric") if mirror else jnp.pad(x, sides)
         return lax.dynamic_slice(wide, (corner[0], corner[1], jnp.zeros_like(corner[0])), x.shape)
+
+    return augment
+
+
+def resized_crop(area: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Callable:
+    """Cut out a window of random area and shape at a random place and bring it to the old size, bilinearly.
+
+    Args:
+      area: least and largest share of the image that the window covers.
+      ratio: least and largest width over height, drawn uniformly in its logarithm.
+
+    Returns:
+      `(key, x [h, w, c]) -> [h, w, c]`.
+
+    Raises:
+      ValueError: if a pair does not rise within its range.
+
+    References:
+      Szegedy et al. 2015, Going deeper with convolutions, arXiv:1409.4842, section 6. Differs from torchvision: sides
+      that are longer than the image are cut (there the draw is repeated), places are no whole pixels.
+    """
+    for name, (low, high), most in (("area", area, 1.0), ("ratio", ratio, float("inf"))):
+        if not 0 < low <= high <= most:
+            raise ValueError(f"{name} must be a rising pair of positive numbers up to {most:g}; got {(low, high)}.")
+
+    def augment(key, x):
+        height, width, _ = x.shape
+        share, shape, *places = jax.random.uniform(key, (4,))
+        share = area[0] + share * (area[1] - area[0])
+        shape = jnp.exp(jnp.log(ratio[0]) + shape * (jnp.log(ratio[1]) - jnp.log(ratio[0])))
+        size = jnp.stack([jnp.sqrt(share * height * width / shape), jnp.sqrt(share * height * width * shape)])
+        whole = jnp.asarray([height, width], size.dtype)
+        size = jnp.minimum(size, whole)
+        scale = whole / size
+        corner = jnp.stack(places) * (whole - size)
+        moved = jax.image.scale_and_translate(
+            x.astype(size.dtype), x.shape, (0, 1), scale, -corner * scale, "linear", antialias=False
+        )
+        return moved.astype(x.dtype)
 
     return augment
 
@@ -97,5 +136,5 @@ def chain(*augmentations: Callable) -> Callable:
     return augment
 
 
-AUGMENTATIONS = {"crop": crop, "flip": flip}
+AUGMENTATIONS = {"crop": crop, "resized_crop": resized_crop, "flip": flip}
 """Name to a function that builds the augmentation from its settings."""

@@ -23,6 +23,7 @@ from jaxadv.train.assembly import CIFAR10_STD as CIFAR10_STD
 from jaxadv.train.assembly import assemble, judge, linf, network, passes
 from jaxadv.train.assembly import hold_out as hold_out
 from jaxadv.train.driver import Collapse
+from jaxadv.train.imagenet_recipes import pgd_imagenet
 from jaxadv.train.private_recipes import dp_cifar10_wrn16_4, dp_mnist
 from jaxadv.train.trades_recipes import trades_cifar10_wrn28_10
 
@@ -649,6 +650,7 @@ RECIPES: dict[str, Callable[..., dict[str, Any]]] = {
     "fast_cifar10": fast_cifar10,
     "pgd_cifar10": pgd_cifar10,
     "trades_cifar10_wrn28_10": trades_cifar10_wrn28_10,
+    "pgd_imagenet": pgd_imagenet,
     "odenet_mnist": odenet_mnist,
     "tisode_mnist": tisode_mnist,
     "zerosnet_cifar10": zerosnet_cifar10,

@@ -21,7 +21,7 @@ def source_for(name, n=400):
 
 
 def small(name):
-    return {"width": 2} if "cifar10" in name else {}
+    return {"width": 2} if "cifar10" in name or "imagenet" in name else {}
 
 
 @pytest.mark.parametrize(
@@ -187,3 +187,20 @@ def test_the_digits_recipes_learn_what_they_should(script):
     assert all(clean > 0.93 for clean, _ in found.values())
     robust = {name: held for name, (_, held) in found.items()}
     assert robust["standard_digits"] < 0.3 and robust["fast_digits"] > 0.5 and robust["pgd_digits"] > 0.5
+
+
+def test_pgd_imagenet_takes_the_published_steps():
+    source = data.arrays(np.zeros((6000, 32, 32, 3), np.uint8), np.arange(6000, dtype=np.int32) % 10)
+    given = train.recipes.pgd_imagenet(source, width=2, depths=(1,), epochs=9)
+    attack = given["objective"].keywords["attack"]
+    assert (attack.threat.eps, attack.max_steps, attack.start, attack.keep) == (4 / 255, 3, "zero", "best")
+    assert attack.step_size == pytest.approx(8 / 3 / 255) and given["batch_size"] == 512
+    steps, rates, optimizer = given["steps"], [], given["optimizer"]
+    params = {"w": np.float32(2.0)}
+    state = optimizer.init(params)
+    for _ in range(steps):  # with no gradient but that of the decay, momentum heads for 10 times rate x decay x weight
+        update, state = optimizer.update({"w": np.float32(0)}, state, params)
+        rates.append(-float(update["w"]) / (1e-4 * 2))
+    third = steps // 3
+    np.testing.assert_allclose(rates[0], 0.1, rtol=1e-4)
+    np.testing.assert_allclose([rates[third - 1], rates[2 * third - 1], rates[-1]], [1, 0.1, 0.01], rtol=0.1)

@@ -195,7 +195,7 @@ def test_augmentation_belongs_to_example_and_step(kit, key):
     assert not np.array_equal(seen[0], seen[2])
 
 
-@pytest.mark.parametrize("name", sorted(train.AUGMENTATIONS))
+@pytest.mark.parametrize("name", ["crop", "flip"])
 def test_each_augmentation_gives_only_what_it_may(name):
     x = np.arange(16, dtype=np.float32).reshape(4, 4, 1) + 1
     wide = np.pad(x, ((1, 1), (1, 1), (0, 0)))
@@ -207,6 +207,36 @@ def test_each_augmentation_gives_only_what_it_may(name):
     keys = jax.random.split(jax.random.key(0), 200)
     got = np.asarray(jax.jit(jax.vmap(augment, (0, None)))(keys, jnp.asarray(x)))
     assert {a.tobytes() for a in got} == set(allowed)
+
+
+def test_a_resized_crop_is_a_window_of_the_drawn_area_and_shape_inside_the_image():
+    """Of an image that is affine in its places the crop is affine, so it tells its window."""
+    height, width = 20, 30
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    image = np.stack([rows, columns], -1).astype(np.float32)
+    area, ratio = (0.1, 0.4), (0.5, 1.5)
+    augment, keys = train.resized_crop(area, ratio), jax.random.split(jax.random.key(0), 300)
+    got = np.asarray(jax.jit(jax.vmap(augment, (0, None)))(keys, jnp.asarray(image)), np.float64)
+    assert got.shape == (300, height, width, 2)
+    inner = got[:, 3:-3, 3:-3]  # beyond the last pixel there is nothing to interpolate with
+    down, right = np.diff(inner[..., 0], axis=1), np.diff(inner[..., 1], axis=2)
+    tall, wide = down.mean((1, 2)) * height, right.mean((1, 2)) * width
+    np.testing.assert_allclose(down, np.broadcast_to((tall / height)[:, None, None], down.shape), atol=1e-4)
+    np.testing.assert_allclose(right, np.broadcast_to((wide / width)[:, None, None], right.shape), atol=1e-4)
+    np.testing.assert_allclose(np.diff(inner[..., 0], axis=2), 0, atol=1e-4)  # upright
+    share, shape = tall * wide / (height * width), wide / tall
+    free = tall < height - 1e-3  # else the side was cut
+    assert share.max() < area[1] + 1e-3 and share[free].min() > area[0] - 1e-3
+    assert shape[free].max() < ratio[1] + 1e-3 and shape[free].min() > ratio[0] - 1e-3
+    assert abs(share[free].mean() - 0.25) < 0.03 and abs(np.log(shape[free]).mean() - np.log(0.75) / 2) < 0.08
+    top = inner[:, 0, 0, 0] + 0.5 - 3.5 * tall / height
+    assert top.min() > -1e-3 and (top + tall).max() < height + 1e-3 and np.ptp(top) > 8
+    square = jnp.asarray(image[:, :20])
+    np.testing.assert_allclose(train.resized_crop((1.0, 1.0), (1.0, 1.0))(keys[0], square), square, atol=1e-5)
+    for name, settings in (("area", ((0.5, 1.5),)), ("ratio", ((0.1, 1.0), (2.0, 1.0)))):
+        with pytest.raises(ValueError, match=f"{name} must be a rising pair"):
+            train.resized_crop(*settings)
+    assert set(train.AUGMENTATIONS) == {"crop", "resized_crop", "flip"}
 
 
 def test_collapse_is_a_fall_of_more_than_the_threshold():
