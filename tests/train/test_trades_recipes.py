@@ -54,7 +54,7 @@ def test_the_settings_are_as_published():
 
 
 def test_the_optimizer_by_hand():
-    """`nesterov`: on the gradient of the loss and of the squares, which leave out what normalizes; the published rate."""
+    """`nesterov`: on the gradient of the loss and of the squares, which leave norms out; the published rate."""
     params = {"conv": {"kernel": np.float32(2.0), "bias": np.float32(1.0)}}
     params |= {"bn": {"scale": np.float32(1.5), "bias": np.float32(0.5)}}
     assert trades_recipes.decayed(params) == {
