@@ -433,6 +433,7 @@ def pgd_cifar10(
     eps=None,
     epochs: float = 200,
     lr: float = 0.1,
+    label_smoothing: float = 0.0,
     width: int = 64,
     validation=None,
     **overrides,
@@ -450,6 +451,7 @@ def pgd_cifar10(
       eps: budget; default 8/255.
       epochs: passes over the training data.
       lr: first learning rate.
+      label_smoothing: weight of the uniform distribution in the labels; see `fast_cifar10`.
       width: channels of the first stage.
       validation: see `standard_mnist`.
       **overrides: any argument of `fit`.
@@ -465,7 +467,7 @@ def pgd_cifar10(
     attack = attacks.pgd(threat, steps=10, step_size=threat.eps / 4, keep="last", name="pgd_at")
     return _cifar10(
         data,
-        objectives.pgd_at(attack, bn_attack="local"),
+        objectives.pgd_at(attack, bn_attack="local", label_smoothing=label_smoothing),
         threat,
         seed=seed,
         validation=validation,

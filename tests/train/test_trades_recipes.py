@@ -151,9 +151,9 @@ def test_the_network_has_the_options_it_knows():
     assert assembly.CIFAR10_MEAN is train.recipes.CIFAR10_MEAN and len(train.recipes.CIFAR10_STD) == 3
 
 
-def test_the_fast_recipe_smooths_labels_and_averages_by_argument(monkeypatch):
-    monkeypatch.setattr(train.recipes, "network", lambda *a, **k: lambda data: NET)
-    given = train.recipes.fast_cifar10(source(1200), label_smoothing=0.4, ema=0.999, keep="best")
+@pytest.mark.parametrize("name", ["fast_cifar10", "pgd_cifar10"])
+def test_the_shorter_recipes_smooth_labels_and_average_by_argument(name):
+    given = train.recipe(name)(source(1200), trainable=NET, label_smoothing=0.4, ema=0.999, keep="best")
     assert given["objective"].loss.keywords["loss"].keywords["smoothing"] == 0.4
     assert (given["ema"], given["keep"]) == (0.999, "best")
 
