@@ -133,6 +133,11 @@ class Train(Machine):
     fsdp: bool = False
     """Keep a share of each large parameter on every device instead of all of it, for networks that do not fit."""
 
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Any other argument of the recipe, of its network or of training, as KEY=VALUE, once for each: --set width=32
+    --set ema=0.999 --set remat=true --set depths=[2,2,2,2]. Values are numbers, fractions, true, false, none, lists and
+    names; extra=DATA is a data set of generated examples."""
+
     resume: bool = False
     """Continue the run in --out from its newest checkpoint that can be read, with its stored arguments."""
 

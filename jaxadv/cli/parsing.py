@@ -8,6 +8,7 @@ defaults. A file may leave arguments out. Options that may be given several time
 values, they do not add to them.
 """
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -55,6 +56,36 @@ def fraction(text: str | float, name: str = "eps") -> float:
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Read one KEY=VALUE.
+
+    Args:
+      text: such as `width=32`, `eps=8/255`, `remat=true`, `depths=[2,2]`, `net=wide_resnet`.
+
+    Returns:
+      The key and a number, truth value, None, tuple or text.
+
+    Raises:
+      UsageError: if there is no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set must be KEY=VALUE; got {text!r}. For example --set width=32.")
+    words = {"true": True, "false": False, "none": None, "null": None}
+    value = value.strip()
+    if value.lower() in words:
+        return key.strip(), words[value.lower()]
+    try:
+        read = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        top, slash, bottom = value.partition("/")
+        try:
+            read = float(top) / float(bottom) if slash else value
+        except (ValueError, ZeroDivisionError):
+            read = value
+    return key.strip(), tuple(read) if isinstance(read, list) else read
 
 
 def plain(config: Common) -> dict[str, Any]:

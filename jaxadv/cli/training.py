@@ -24,7 +24,7 @@ from jaxadv.cli import files, sources
 from jaxadv.cli.commands import exit_code, show_flags, show_models
 from jaxadv.cli.configs import Demo, Train
 from jaxadv.cli.errors import INTERRUPTED, OK, Stopped, UsageError
-from jaxadv.cli.parsing import fraction, plain
+from jaxadv.cli.parsing import fraction, plain, setting
 from jaxadv.cli.privacy import secret_key, spent_words
 from jaxadv.cli.progress import Progress, note, say
 from jaxadv.core import check
@@ -58,6 +58,17 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "zerosnet_cifar10": ("zerosnet", {**_CIFAR10, "widths": (16, 32, 64)}),
 }
 """Recipe to its network and options: what is written beside the weights so that they can be loaded alone."""
+
+
+_FLAGS = (
+    "epochs", "batch_size", "keep", "validate_every", "save_every", "precision", "eps", "epsilon", "delta", "devices",
+    "how", "seed", "resume", "data",
+)  # fmt: skip
+_BUILT = frozenset(
+    ("key", "trainable", "objective", "optimizer", "validation", "attack", "collapse", "augment", "gradient")
+    + ("private", "mesh", "layout", "checkpoint", "callbacks", "log_every", "steps", "net")
+)
+"""Arguments of training that no words can give."""
 
 
 def data_of(recipe: str) -> str:
@@ -130,12 +141,40 @@ def follow(progress: Progress, stage: str, steps: int, log: Callable[[str], Any]
     return callback
 
 
-def _recipe(name: str, source: Any, seed: int, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of `fit` and the spec of the network."""
+def _parameters(function: Any) -> set[str]:
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds} - {"self"}
+
+
+def _recipe(
+    name: str, source: Any, seed: int, given: dict[str, Any], more: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of `fit` and the spec of the network; `more` came by --set, for any of the three."""
     net, options = check.choice("recipe with a network known here", name, NETWORKS)
+    more, recipe = dict(more or {}), train.recipe(name)
+    if "net" in more:
+        net = more.pop("net")
+        valid = _parameters(check.choice("network", net, sources.NETS).__init__)
+        options = {key: value for key, value in options.items() if key in valid}
+    layers = _parameters(sources.NETS[net].__init__) - {"shape", "classes", "rngs"}
+    others = (_parameters(recipe) | _parameters(train.fit)) - _BUILT - set(_FLAGS)
+    for key in more:
+        if key in _FLAGS:
+            raise UsageError(f"--set must not hold {key}, which has an option of its own: --{key.replace('_', '-')}.")
+        check.choice(f"setting of {name}, of {net} or of training", key, layers | others)
+    options |= {key: value for key, value in more.items() if key in layers}
     spec = models.make_spec(net, shape=source.shape, classes=source.classes, nets=sources.NETS, **options)
     trainable = models.from_spec(spec, jax.random.key(seed), nets=sources.NETS)
-    return train.recipe(name)(source, seed=seed, trainable=trainable, **given), spec
+    given = given | {key: value for key, value in more.items() if key in others}
+    unsure = [key for key in more if key in _parameters(recipe) and key not in layers]
+    if unsure:  # whatever the recipe makes of them must be the network that is written beside the weights
+        own = recipe(source, seed=seed, **given)["trainable"]
+        if jax.tree.structure(own) != jax.tree.structure(trainable):
+            raise UsageError(
+                f"--set must change the network by options of {net} ({', '.join(sorted(layers))}), because they are "
+                f"written beside its weights; got {', '.join(unsure)}."
+            )
+    return recipe(source, seed=seed, trainable=trainable, **given), spec
 
 
 # ---------------------------------------------------------------------------------------------------------------- train
@@ -167,7 +206,10 @@ def run_train(config: Train) -> int:
     parallel.agree(True)  # all have looked at --out before one of them writes there
     source = sources.load_data(name, "train", config.data_root)
     given["validation"] = sources.load_data(name, "validation", config.data_root)
-    arguments, spec = _recipe(config.recipe, source, config.seed, given)
+    more = dict(setting(text) for text in config.set)
+    if isinstance(more.get("extra"), str):
+        more["extra"] = sources.load_data(more["extra"], "train", config.data_root)
+    arguments, spec = _recipe(config.recipe, source, config.seed, given, more)
     files.writable(config.out)
     log = Log(config.out / "train.log")
     if not config.resume:

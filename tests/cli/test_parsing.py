@@ -9,7 +9,7 @@ import yaml
 
 from jaxadv.cli import configs
 from jaxadv.cli.errors import UsageError
-from jaxadv.cli.parsing import fraction, from_yaml, parse, plain, stored, to_yaml, typed
+from jaxadv.cli.parsing import fraction, from_yaml, parse, plain, setting, stored, to_yaml, typed
 
 SAMPLES = {
     "demo": ["--out", "d", "--eps", "1/8", "--epochs", "3", "--n", "50", "--seed", "7"],
@@ -100,6 +100,19 @@ def test_the_written_configuration_reads_back_as_the_same_arguments(command, tmp
     assert dataclasses.replace(again, config=None) == config
     assert set(yaml.safe_load(file.read_text())) == {"command", *plain(config)}
     assert not {"config", "print_config", "traceback"} & set(plain(config))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=3", 3), ("a=-0.5", -0.5), ("a= 1e-3", 1e-3), ("a=8/255", 8 / 255), ("a=True", True), ("a=none", None),
+        ("a=[1, 2]", (1, 2)), ("a=(0.1,)", (0.1,)), ("a=wide_resnet", "wide_resnet"), ("a='b'", "b"), ("a=b=c", "b=c"),
+        ("a=1/0", "1/0"), ("a=", ""),
+    ],
+)  # fmt: skip
+def test_settings_are_read_as_what_they_look_like(text, value):
+    key, read = setting(text)
+    assert key == "a" and read == value and type(read) is type(value)
 
 
 def test_repeated_eps_are_kept_in_order_as_typed():

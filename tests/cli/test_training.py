@@ -1,5 +1,6 @@
 """`train` and `demo`: run folders, resuming, interruptions, and that the exported network is the trained one."""
 
+import inspect
 import json
 import os
 import re
@@ -67,14 +68,24 @@ def test_the_network_written_beside_the_weights_is_that_of_the_recipe(name):
     source = data.arrays(
         np.random.default_rng(0).uniform(size=(256, *shape)).astype(np.float32), np.arange(256) % 10, classes=10
     )
-    given, spec = training._recipe(name, source, 3, {"epochs": 1})
-    own = train.RECIPES[name](source, seed=3, epochs=1)["trainable"]
+    known_to_recipe = inspect.signature(train.RECIPES[name]).parameters
+    for option, value in training.NETWORKS[name][1].items():  # what is narrowed below is as published
+        assert option not in known_to_recipe or known_to_recipe[option].default == value
+    narrow = {"width": 2} if "width" in training.NETWORKS[name][1] else {}
+    given, spec = training._recipe(name, source, 3, {"epochs": 1}, narrow)
+    own = train.RECIPES[name](source, seed=3, epochs=1, **narrow)["trainable"]
     # The structure holds the whole graph: shortcuts, normalization, widths.
     assert jax.tree.structure(own) == jax.tree.structure(given["trainable"])
     for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(given["trainable"]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert set(training.NETWORKS) == set(train.RECIPES) and spec["name"] in sources.NETS
     assert known in training.DATA_OF.values() and (known in data.SOURCES or known == "tfds:imagenet")
+
+
+def test_a_setting_that_changes_the_network_behind_its_description_is_refused():
+    source = data.arrays(np.zeros((256, 32, 32, 3), np.float32), np.arange(256) % 10)
+    with pytest.raises(UsageError, match="by options of zerosnet .*widths.* got width"):
+        training._recipe("zerosnet_cifar10", source, 0, {"epochs": 1}, {"width": 2})
 
 
 def test_settings_reach_fit(tmp_path):
@@ -231,6 +242,28 @@ def test_the_record_of_a_run(tmp_path, monkeypatch):
     assert files.revision() is None
 
 
+def test_any_setting_of_recipe_network_or_training_can_be_set(cli, tiny, tmp_path):
+    words = ("--set", "widths=[7]", "--set", "ema=0.9", "--set", "accumulate=2", "--set", "norm=batch")
+    ran = cli("train", *TINY, "--out", tmp_path / "run", "--batch-size", 50, *words)
+    assert ran.code == 0, ran
+    _, spec = models.load(tmp_path / "run" / "model.safetensors")
+    assert spec["options"] == {"widths": [7], "norm": "batch"}
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["accumulate"] == 2 and config["ema"] == 0.9
+    again = cli("train", "--out", tmp_path / "run", "--resume")
+    assert again.code == 0 and config_of(tmp_path / "run")["arguments"]["set"] == list(words[1::2])
+    for setting, said in {
+        "epochs=3": "an option of its own: --epochs",
+        "wdiths=[7]": "Did you mean 'widths'",
+        "optimizer=adam": "unknown setting of tiny_digits, of mlp or of training 'optimizer'",
+        "width": "--set must be KEY=VALUE",
+        "net=cnn_smal": "Did you mean 'cnn_small'",
+    }.items():
+        refused = cli("train", *TINY, "--out", tmp_path / "other", "--set", setting)
+        assert refused.code == 2 and said in " ".join(refused.err.split()), (setting, refused)
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_log_is_dated(tmp_path):
     log = training.Log(tmp_path / "train.log")
     log("one")
@@ -360,3 +393,9 @@ def test_a_prepared_set_of_images_goes_from_raw_files_to_an_evaluation(cli, tiny
     assert cli("evaluate", run, *words, "--data-root", sets).code in (0, 1)
     (model,) = json.loads((tmp_path / "evaluation" / "report.json").read_text())["models"]
     assert model["n"] == 9 and model["clean_accuracy"] == 1.0
+    deep = ("--recipe", "pgd_imagenet", "--set", "width=2", "--set", "depths=[1, 1]", "--set", "remat=true")
+    ran = cli("train", *deep, *where, "--out", tmp_path / "deep", "--batch-size", 8, "--epochs", 1)
+    assert ran.code == 0, ran
+    network, spec = models.load(tmp_path / "deep" / "model.safetensors")
+    assert spec["name"] == "resnet50" and spec["options"] == {"width": 2, "depths": [1, 1]}
+    assert network.params["conv1"]["kernel"].shape == (7, 7, 3, 2) and "layer3" not in network.params
