@@ -235,7 +235,7 @@ class SquareAttack(Stepped):
         else:
             fresh = fresh * (jnp.maximum(eps - whole, 0) + c * taken)
         move = jnp.where(one, fresh, jnp.where(other, 0, move))
-        if norm == "l2":
+        if norm == "l2" or c > 1:  # of colors, each gets all that is free and c times what it held
             return self.threat.project(x + self._scaled(move, eps), x)
         # The windows got what they held and what was free, so only rounding can exceed the budget: no search is needed.
         move = move * jnp.minimum(1, (1 - 2.0**-21) * eps / _positive(self._length(move, (1, 2, 3))))

@@ -221,9 +221,20 @@ def proposed_by_slices(norm, point, x, eps, side, bits):
     delta[one] = fresh
     if norm == "l2":
         delta *= eps / np.linalg.norm(delta.ravel())
-    else:
-        delta *= min(1, eps / np.abs(delta).sum())
-    return np.clip(x + delta, 0, 1)
+        return np.clip(x + delta, 0, 1)
+    return nearest_in_l1(x, delta, eps)
+
+
+def nearest_in_l1(x, delta, eps):
+    """The nearest point of ball and box: shrink by one threshold, found by halving, and cut."""
+    at = lambda t: np.clip(x + np.sign(delta) * np.maximum(np.abs(delta) - t, 0), 0, 1)  # noqa: E731
+    low, high = 0.0, np.abs(delta).max()
+    if np.abs(at(0) - x).sum() <= eps:
+        return at(0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.abs(at(middle) - x).sum() > eps else (low, middle)
+    return at(high)
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
