@@ -139,11 +139,12 @@ def test_real_cifar10_copies(data_root):
 
 @pytest.mark.slow
 def test_real_cifar10_means(data_root):
-    x, y = data.load("cifar10_jpeg", "train+validation", root=data_root).all()
-    assert len(y) == 50_000 and np.bincount(y).tolist() == [5000] * 10
-    # the known channel means and deviations of CIFAR-10; lossy copies may differ a little
-    np.testing.assert_allclose(x.mean((0, 1, 2), dtype=np.float64), [0.49140, 0.48216, 0.44653], atol=1e-3)
-    np.testing.assert_allclose(x.std((0, 1, 2), dtype=np.float64), [0.24703, 0.24349, 0.26159], atol=3e-3)
+    whole = data.load("cifar10_jpeg", "train+validation", root=data_root)
+    assert len(whole) == 50_000 and np.bincount(whole.y).tolist() == [5000] * 10
+    x, _ = whole.subset(np.arange(0, 50_000, 5)).all()
+    # the known channel means and deviations of CIFAR-10; means of 10,000 images deviate by 0.0012, lossy copies too
+    np.testing.assert_allclose(x.mean((0, 1, 2), dtype=np.float64), [0.49140, 0.48216, 0.44653], atol=4e-3)
+    np.testing.assert_allclose(x.std((0, 1, 2), dtype=np.float64), [0.24703, 0.24349, 0.26159], atol=4e-3)
 
 
 # --- tfds without TensorFlow -----------------------------------------------------------------------------------------
