@@ -216,12 +216,12 @@ class SquareAttack(Stepped):
         side = jnp.asarray(sizes, jnp.int32)[stage]
         bits = jax.vmap(lambda k: jax.random.bits(k, (5 + c,)))(keys)
         room = jnp.asarray((h, w, h, w), jnp.int32)[None] - side[:, None]
-        rows, columns, *others = _offsets(bits[:, :4], room, norm).T
+        rows, columns, other_rows, other_columns = _offsets(bits[:, :4], room, norm).T
         sign = _sign(bits[:, 5:], x.dtype)[:, None, None]
         one = _window(rows, columns, side, x.shape)
         if norm == "linf":
             return self.threat.project(jnp.where(one, point + 2 * eps * sign, point), x)
-        other = _window(*others, side, x.shape)
+        other = _window(other_rows, other_columns, side, x.shape)
         bump = _bumps(sizes, norm, stage, rows, columns, bits[:, 4] >> 31 > 0, x)
         move = point - x
         inside = jnp.where(one, move, 0)

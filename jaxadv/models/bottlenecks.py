@@ -109,7 +109,7 @@ class ResNet50(Net):
     def forward(self, x):
         """Return logits from the normalized input."""
         x = self.activation(self.bn1(self.conv1(x)))
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         for stage in range(1, self.stages + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = landmark(block(x))
