@@ -4,7 +4,7 @@ The step is one of adversarial training (PGD with 5 steps on `cnn_small`). Every
 round to round; a round is several steps in a row, waited for once. Median seconds, and the median over that of plain
 jit, are printed and stored in `results/executors.json`.
 
-Usage: python benchmarks/speed/executors.py [--batch 64] [--steps 5] [--rounds 9]
+Usage: python benchmarks/speed/executors.py [--batch 512] [--steps 5] [--rounds 11]
 """
 
 import argparse
@@ -63,9 +63,9 @@ def contenders(n: int, steps: int) -> dict:
 def main() -> None:
     """Measure, print the table, store the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=11)
     args = parser.parse_args()
     times = harness.side_by_side(contenders(args.batch, args.steps), args.rounds)
     plain = times["plain jit"]["median"]
