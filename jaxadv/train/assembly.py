@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jaxadv import attacks, models, threats
 from jaxadv import data as data_room
@@ -134,3 +135,16 @@ def judge(threat: Threat, steps: int = 20) -> Any:
       The attack.
     """
     return attacks.pgd(threat, steps=steps, name="validation")
+
+
+def torch_sgd(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    """Return PyTorch's SGD: decay of all parameters coupled into the gradient, momentum 0.9, the rate applied last.
+
+    Args:
+      rate: the schedule of the learning rate.
+      decay: of the parameters.
+
+    Returns:
+      The optimizer.
+    """
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9))

@@ -6,11 +6,9 @@ one beside its own) and any mechanism.
 
 from typing import Any
 
-import optax
-
 from jaxadv import attacks
 from jaxadv.train import augment, objectives, schedules
-from jaxadv.train.assembly import assemble, judge, linf, network, passes
+from jaxadv.train.assembly import assemble, judge, linf, network, passes, torch_sgd
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -64,11 +62,6 @@ def pgd_imagenet(
     attack = attacks.pgd(threat, steps=3, step_size=threat.eps * (2 / 3), start="zero", name="pgd_at")
     means = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if data.shape[-1] == len(IMAGENET_MEAN) else {}
     drops = ((1 / 3, 0.1), (2 / 3, 0.1))
-
-    def optimizer(steps: int) -> optax.GradientTransformation:
-        rate = schedules.piecewise(lr, steps, drops=drops)
-        return optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, momentum=0.9))
-
     return assemble(
         data,
         validation,
@@ -76,7 +69,7 @@ def pgd_imagenet(
         steps=passes(epochs),
         trainable=network(net, seed, width=width, depths=tuple(depths), **means),
         objective=lambda _: objectives.pgd_at(attack, bn_attack="eval"),
-        optimizer=optimizer,
+        optimizer=lambda steps: torch_sgd(schedules.piecewise(lr, steps, drops=drops), 1e-4),
         batch_size=lambda n: min(512, max(1, n // 10)),
         attack=judge(threat),
         augment=augment.chain(augment.resized_crop(), augment.flip()),

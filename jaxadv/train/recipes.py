@@ -20,7 +20,7 @@ from jaxadv.core import Threat, check
 from jaxadv.train import augment, objectives, schedules
 from jaxadv.train.assembly import CIFAR10_MEAN as CIFAR10_MEAN
 from jaxadv.train.assembly import CIFAR10_STD as CIFAR10_STD
-from jaxadv.train.assembly import assemble, judge, linf, network, passes
+from jaxadv.train.assembly import assemble, judge, linf, network, passes, torch_sgd
 from jaxadv.train.assembly import hold_out as hold_out
 from jaxadv.train.driver import Collapse
 from jaxadv.train.imagenet_recipes import pgd_imagenet
@@ -341,11 +341,6 @@ def pgd_digits(
 # ------------------------------------------------------------------------------------------------------------- CIFAR-10
 
 
-def _torch_sgd(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
-    """PyTorch's SGD: decay of all parameters coupled into the gradient, momentum 0.9, the rate applied last."""
-    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9))
-
-
 def _cifar10(
     data, objective, threat, *, seed, validation, epochs, rate, shortcut, width, overrides, **more
 ) -> dict[str, Any]:
@@ -357,7 +352,7 @@ def _cifar10(
         steps=passes(epochs),
         trainable=network("preact_resnet18", seed, mean=CIFAR10_MEAN, std=CIFAR10_STD, shortcut=shortcut, width=width),
         objective=lambda _: objective,
-        optimizer=lambda steps: _torch_sgd(rate(steps), 5e-4),
+        optimizer=lambda steps: torch_sgd(rate(steps), 5e-4),
         batch_size=128,
         attack=judge(threat, 10),
         augment=augment.chain(augment.crop(4), augment.flip()),
@@ -541,7 +536,7 @@ def odenet_mnist(
         seed=seed,
         validation=validation,
         epochs=epochs,
-        optimizer=lambda steps: _torch_sgd(schedules.piecewise(lr, steps, drops=drops), 0.0),
+        optimizer=lambda steps: torch_sgd(schedules.piecewise(lr, steps, drops=drops), 0.0),
         objective=lambda _: objectives.standard(),
         overrides=overrides,
     )
@@ -635,7 +630,7 @@ def zerosnet_cifar10(
         steps=passes(epochs),
         trainable=trainable,
         objective=lambda _: objectives.standard(),
-        optimizer=lambda steps: _torch_sgd(schedules.piecewise(lr, steps), 5e-4),
+        optimizer=lambda steps: torch_sgd(schedules.piecewise(lr, steps), 5e-4),
         batch_size=128,
         attack=judge(linf(eps, 8 / 255, data), 10),
         augment=augment.chain(augment.crop(4), augment.flip()),
