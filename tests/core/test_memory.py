@@ -30,7 +30,7 @@ def kept(apply, net, x):
 @pytest.mark.parametrize("name", NETS)
 def test_only_what_blocks_hand_on_is_kept(name):
     net = network(name, **NETS[name])
-    assert kept(core.rematerialized(net.apply), net, X) < kept(net.apply, net, X) / 3
+    assert 0 < kept(core.rematerialized(net.apply), net, X) < kept(net.apply, net, X) / 3
     program = str(jax.make_jaxpr(lambda x: net.apply(net.params, net.state, x)[0])(X))
     assert program.count("jaxadv.block") == 3
 
