@@ -1,7 +1,7 @@
 """Few-shot segmentation by prototypes, with an encoder that ends in a neural ODE: PNODE, R-PNODE, and attacks on them.
 
-What lives here: synthetic organs with a stated generator, the encoder, prototypes and scores, the losses, the Dice
-score, and the wirings by which attacks of the library act on segmentations. What does not: any attack of its own.
+What lives here: the encoder, prototypes and scores, the losses, the Dice score, and attacks on segmentations, which are
+attacks of the library on losses over pixels. What does not: the images (`organs`).
 
 An episode has support images with masks of organs, and query images. Masks are label maps: 0 is background, then one
 number for each way. A segmentation becomes a model that attacks can take by putting the logits of its pixels in a line,
@@ -16,112 +16,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from jaxadv import attacks
+from jaxadv.continuous.organs import IGNORED as IGNORED
+from jaxadv.continuous.organs import ORGANS as ORGANS
+from jaxadv.continuous.organs import Episode as Episode
+from jaxadv.continuous.organs import phantoms as phantoms
+from jaxadv.continuous.organs import sample_episode as sample_episode
 from jaxadv.continuous.solve import SolveCfg, ode_solve
-from jaxadv.core import Attack, Model, Threat, check
+from jaxadv.core import Attack, Model, Result, Threat, check, pytree, static
 from jaxadv.core.rows import flat
 from jaxadv.models import group_norm
 from jaxadv.models.adapt import Static
 
 Partial = jax.tree_util.Partial
-IGNORED = 255
-"""The label of pixels that no loss counts."""
-
-ORGANS = 3
-"""Kinds of synthetic organs; the last is held out of training as the novel one."""
-
-
-class Episode(NamedTuple):
-    """What a few-shot segmentation is given and asked.
-
-    Attributes:
-      support: `[s, h, w, c]` images.
-      masks: int `[s, h, w]` label maps of them.
-      query: `[q, h, w, c]` images.
-      truth: int `[q, h, w]` label maps of these.
-    """
-
-    support: Any
-    masks: Any
-    query: Any
-    truth: Any
-
-
-# ------------------------------------------------------------------------------------------------------------ phantoms
-
-
-def phantoms(key, n: int, *, size: int = 64, noise: float = 0.05) -> tuple[Any, Any]:
-    """Draw images of synthetic organs: textured ellipses on a smooth background, with noise.
-
-    Organ k of 1, 2, 3 is an ellipse with half axes uniform in 0.12 to 0.22 of the side, turned at random, around a
-    place on a ring of radius 0.26 about the center: places are a third of the ring apart, up to 0.2 of a third, and the
-    ring is turned at random. So organs rarely touch; where they do, the higher number covers. Its
-    brightness is 0.3 + 0.15 k, plus 0.08 times a sine of 2 k + 1 periods across the image in a random direction. The
-    background is 0.25 plus 0.08 times a cosine of one period. Everything is cut to [0, 1].
-
-    Args:
-      key: a typed key.
-      n: number of images.
-      size: side.
-      noise: deviation of the normal noise of each pixel.
-
-    Returns:
-      Images `[n, size, size, 1]` and label maps int32 `[n, size, size]`.
-    """
-    check.whole("n", n)
-    check.whole("size", size, 8)
-    grid = (jnp.arange(size) + 0.5) / size
-    down, right = jnp.meshgrid(grid, grid, indexing="ij")
-
-    def wave(key, periods):
-        k_way, k_phase = jax.random.split(key)
-        way, phase = jax.random.uniform(k_way, maxval=2 * jnp.pi), jax.random.uniform(k_phase, maxval=2 * jnp.pi)
-        return jnp.sin(2 * jnp.pi * periods * (jnp.cos(way) * right + jnp.sin(way) * down) + phase)
-
-    def one(key):
-        k_back, k_noise, k_ring, k_organ = jax.random.split(key, 4)
-        image, labels = 0.25 + 0.08 * wave(k_back, 1), jnp.zeros((size, size), jnp.int32)
-        ring = jax.random.uniform(k_ring, maxval=2 * jnp.pi)
-        for organ, k in zip(range(1, ORGANS + 1), jax.random.split(k_organ, ORGANS)):
-            k_place, k_axes, k_turn, k_wave = jax.random.split(k, 4)
-            angle = ring + (organ + jax.random.uniform(k_place, minval=-0.2, maxval=0.2)) * 2 * jnp.pi / ORGANS
-            turn = jax.random.uniform(k_turn, maxval=jnp.pi)
-            y, x = down - 0.5 - 0.26 * jnp.sin(angle), right - 0.5 - 0.26 * jnp.cos(angle)
-            axes = jax.random.uniform(k_axes, (2,), minval=0.12, maxval=0.22)
-            u, v = jnp.cos(turn) * x + jnp.sin(turn) * y, jnp.cos(turn) * y - jnp.sin(turn) * x
-            inside = jnp.square(u / axes[0]) + jnp.square(v / axes[1]) < 1
-            image = jnp.where(inside, 0.3 + 0.15 * organ + 0.08 * wave(k_wave, 2 * organ + 1), image)
-            labels = jnp.where(inside, organ, labels)
-        image = image + noise * jax.random.normal(k_noise, (size, size))
-        return jnp.clip(image, 0, 1)[..., None], labels
-
-    return jax.vmap(one)(jax.random.split(key, n))
-
-
-def sample_episode(
-    key, organs: Any = (1,), *, shots: int = 1, queries: int = 1, size: int = 64, noise: float = 0.05
-) -> Episode:
-    """Draw an episode about some organs; the others are background.
-
-    Args:
-      key: a typed key.
-      organs: their numbers, one for each way; may be traced.
-      shots: support images.
-      queries: query images.
-      size: side of the images.
-      noise: see `phantoms`.
-
-    Returns:
-      The episode.
-    """
-    x, labels = phantoms(key, shots + queries, size=size, noise=noise)
-    maps = sum((way * (labels == organ) for way, organ in enumerate(organs, 1)), jnp.zeros_like(labels))
-    return Episode(x[:shots], maps[:shots], x[shots:], maps[shots:])
-
-
 # ------------------------------------------------------------------------------------------------------------- encoder
 
 
@@ -618,12 +529,125 @@ def dag(threat: Threat, *, steps: int = 20, step_size: Any = None, name: str = "
     return attacks.pgd(threat, steps=steps, step_size=step_size, name=name, **wiring | settings)
 
 
+# ----------------------------------------------------------------------------------------------------------------- SMIA
+
+
+def blurred(d: Any, sigma: float) -> Any:
+    """Convolve maps with a Gaussian, cut at three deviations and normalized; zeros beyond the edges.
+
+    Args:
+      d: `[b, h, w, c]`.
+      sigma: deviation in pixels.
+
+    Returns:
+      `[b, h, w, c]`.
+    """
+    reach = math.ceil(3 * sigma)
+    weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    for axis in (1, 2):
+        n, wide = d.shape[axis], [(reach, reach) if at == axis else (0, 0) for at in range(d.ndim)]
+        far = jnp.pad(d, wide)
+        shifted = (lax.slice_in_dim(far, at, at + n, axis=axis) for at in range(len(weights)))
+        d = sum(float(w) * part for w, part in zip(weights / weights.sum(), shifted))
+    return d
+
+
+def _unstable(about, model, alpha, clean, x):
+    """Logits, and beside them what the perturbation loses where it is blurred."""
+    (sigma,) = about.values
+    logits = model(x)
+    other = model(clean + blurred(x - clean, sigma))
+    logp, logq = (jax.nn.log_softmax(z.reshape(len(x), math.prod(x.shape[1:3]), -1)) for z in (logits, other))
+    apart = jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1).mean(-1)
+    return jnp.concatenate([logits, alpha * apart[:, None]], axis=-1)
+
+
+def _smia_loss(z, y):
+    return minus_pixels(z[:, :-1], y) + z[:, -1]
+
+
+def _smia_held(z, y):
+    return held(z[:, :-1], y)
+
+
+@pytree
+class Stabilized(Attack):
+    """An attack on what a perturbation changes and its blurred copy does not lose; built by `smia`."""
+
+    threat: Threat
+    inner: Attack
+    alpha: Any
+    name: str = static()
+    max_steps: int = static()
+    early: bool = static()
+    sigma: float = static()
+
+    def _seen(self, model, x):
+        return Partial(_unstable, Static(self.sigma), model, self.alpha, x)
+
+    def init(self, keys, model, x, y):
+        """Start."""
+        return self.inner.init(keys, self._seen(model, x), x, y)
+
+    def step(self, state, model, x, y):
+        """Take a step."""
+        return self.inner.step(state, self._seen(model, x), x, y)
+
+    def done(self, state):
+        """A row is done when the inner attack is."""
+        return self.inner.done(state)
+
+    def result(self, state, model, x, y) -> Result:
+        """Return what was found; every question was two for the model."""
+        found = self.inner.result(state, self._seen(model, x), x, y)
+        return found._replace(queries=2 * found.queries, grads=2 * found.grads)
+
+
+def smia(
+    threat: Threat, *, steps: int = 10, alpha: float = 1.0, sigma: float = 1.0, name: str = "smia", **settings: Any
+) -> Stabilized:
+    """Return the stabilized attack on medical images: ascent on `deviation - alpha * instability`.
+
+    The deviation is the mean cross-entropy over pixels. The instability is the divergence (Kullback-Leibler, mean over
+    pixels) of the segmentation with the perturbation from that with the perturbation blurred by a Gaussian, so smooth
+    perturbations are preferred. `alpha=0` is BIM.
+
+    Args:
+      threat: the allowed set.
+      steps: sign steps with projection.
+      alpha: weight of the instability; not negative.
+      sigma: deviation of the Gaussian in pixels.
+      name: enters the random keys.
+      **settings: of `attacks.bim`.
+
+    Returns:
+      The attack, for models whose logits are those of `h w` pixels in a line.
+
+    Raises:
+      ValueError: if `alpha` is negative or `sigma` not positive.
+
+    References:
+      Qi et al. 2021, Stabilized medical image attacks, ICLR 2021, arXiv:2103.05232. The measure of instability and its
+      weight are ours. The code that R-PNODE compares with takes ten steps of the whole budget without projection.
+    """
+    check.positive("sigma", sigma, "It is in pixels; a usual value is 1.")
+    if alpha:
+        check.positive("alpha", alpha, "0 is BIM.")
+    given: dict[str, Any] = {"loss": _smia_loss, "criterion": _smia_held, "steps": steps, "name": name}
+    inner = attacks.bim(threat, **given | settings)
+    return Stabilized(
+        threat=threat, inner=inner, alpha=alpha, name=name, max_steps=inner.max_steps, early=inner.early,
+        sigma=float(sigma),
+    )  # fmt: skip
+
+
 _SEEN = {"loss": minus_pixels, "criterion": held}
 SEGMENTATION_ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm": partial(attacks.fgsm, **_SEEN),
     "bim": partial(attacks.bim, **_SEEN),
     "pgd": partial(attacks.pgd, **_SEEN),
     "dag": dag,
+    "smia": smia,
 }
 """Name to an attack on segmentations, a function of a threat; all are wirings of `attacks.pgd`."""
 

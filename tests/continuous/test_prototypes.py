@@ -1,12 +1,14 @@
 """Few-shot segmentation: exact on one-hot features, averages by hand, losses that vanish, attacks within the budget."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import ndimage
 
 import jaxadv as ja
 from benchmarks.claims import framework
@@ -185,13 +187,15 @@ def target():
     return shift(masks), masks, shift(truth), truth
 
 
-@pytest.mark.parametrize("kind", ["dag", "bim", *(pytest.param(k, marks=pytest.mark.slow) for k in ("fgsm", "pgd"))])
+@pytest.mark.parametrize(
+    "kind", ["dag", "bim", *(pytest.param(k, marks=pytest.mark.slow) for k in ("fgsm", "pgd", "smia"))]
+)
 def test_attacks_keep_to_the_budget_and_lower_what_holds(kind, target, key):
     support, masks, x, truth = target
     threat = ja.linf(0.15)
     model = pt.query_model(identity, None, jnp.asarray(support), jnp.asarray(masks))
     label = truth.reshape(3, -1)
-    y = pt.dag_aims(key, jnp.asarray(truth), 2) if kind == "dag" else jnp.asarray(label)
+    y: Any = pt.dag_aims(key, jnp.asarray(truth), 2) if kind == "dag" else jnp.asarray(label)
     attack = pt.seg_attack(threat, kind=kind, **({} if kind == "fgsm" else {"steps": 5}))
     clean, found, after = jax.jit(lambda m, x, y: (m(x), (r := attack.run(key, m, x, y)), m(r.x)))(model, x, y)
     assert ja.feasible(threat, np.asarray(found.x), x).all()
@@ -225,7 +229,52 @@ def test_losses_of_attacks_by_hand():
     assert ((np.asarray(drawn.target) == label) == (label == 0)).all()
 
 
+def linear(params, x):
+    return (x[..., :1] * params).reshape(len(x), -1)  # two classes for each pixel
+
+
+def test_the_stabilized_attack_is_bim_and_a_pull_toward_smooth_perturbations(key):
+    """Steps against a loop in NumPy and SciPy, whose gradients are differences."""
+    rng = np.random.default_rng(8)
+    x, w = rng.uniform(0.3, 0.7, (1, 3, 3, 1)), rng.normal(size=(1, 3, 3, 2))
+    y, threat = rng.integers(0, 2, (1, 9)), ja.linf(0.2)
+
+    def log_softmax(point):
+        z = point * w
+        return z - np.logaddexp(z[..., :1], z[..., 1:])
+
+    def blur(d):
+        return ndimage.gaussian_filter(d, (0, 0.5, 0.5, 0), mode="constant", radius=(0, 2, 2, 0))
+
+    def loss(point, alpha):
+        p, q = log_softmax(point), log_softmax(x + blur(point - x))
+        apart = (np.exp(p) * (p - q)).sum(-1).mean()
+        return np.take_along_axis(p.reshape(1, 9, 2), y[..., None], -1).mean() + alpha * apart
+
+    model = jax.tree_util.Partial(linear, jnp.asarray(w, jnp.float32))
+    run = jax.jit(lambda attack: attack.run(key, model, jnp.asarray(x, jnp.float32), jnp.asarray(y)))
+    ends = {}
+    for alpha in (0.0, 30.0):
+        made = pt.smia(threat, steps=4, step_size=0.06, alpha=alpha, sigma=0.5, keep="last")
+        found, point = run(made), x.copy()
+        for _ in range(4):
+            slope = np.zeros_like(x)
+            for at in np.ndindex(*x.shape):
+                e = np.zeros_like(x)
+                e[at] = 1e-5
+                slope[at] = (loss(point + e, alpha) - loss(point - e, alpha)) / 2e-5
+            point = np.clip(x + np.clip(point - 0.06 * np.sign(slope) - x, -0.2, 0.2), 0, 1)
+        ends[alpha] = point
+        np.testing.assert_allclose(found.x, point, atol=1e-5)
+    assert np.abs(ends[0.0] - ends[30.0]).max() > 0.05 and isinstance(made, pt.Stabilized)
+    wide = x + rng.normal(size=x.shape)
+    np.testing.assert_allclose(pt.blurred(jnp.asarray(wide, jnp.float32), 0.5), blur(wide), atol=1e-5)
+    with pytest.raises(ValueError, match="sigma must be"):
+        pt.smia(threat, sigma=0.0)
+
+
 def test_the_support_can_be_attacked_too(target):
+
     support, masks, x, _ = target
     model = pt.support_model(identity, None, jnp.asarray(masks), jnp.asarray(x[:2]))
     got = jax.jit(lambda m, s: m(s))(model, support)
@@ -235,7 +284,7 @@ def test_the_support_can_be_attacked_too(target):
         np.testing.assert_allclose(got[i], np.asarray(want).ravel(), rtol=1e-5)
     with pytest.raises(ValueError, match="unknown attack on segmentations 'pdg'"):
         pt.seg_attack(ja.linf(0.1), kind="pdg")
-    assert set(pt.SEGMENTATION_ATTACKS) == {"fgsm", "bim", "pgd", "dag"} and callable(pt.dag)
+    assert set(pt.SEGMENTATION_ATTACKS) == {"fgsm", "bim", "pgd", "dag", "smia"} and callable(pt.dag)
 
 
 @pytest.mark.slow
