@@ -43,8 +43,8 @@ BEGIN, END = "<!-- claims: begin (generated) -->", "<!-- claims: end -->"
 
 
 def names() -> list[str]:
-    """Return the names of all claims: the files beside this one."""
-    return sorted(p.stem for p in HERE.glob("*.py") if p.stem != "framework")
+    """Return the names of all claims: the files beside this one and `arms.py`, which claims share."""
+    return sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("framework", "arms"))
 
 
 def load(name: str) -> Any:
@@ -341,10 +341,8 @@ def train(recipe: Callable, data: Any, seed: int, **settings: Any) -> Trained:
     return Trained(ja.models.model(net), spent, used, net)
 
 
-def accuracies(
-    model: Any, source: Any, threat: Any, attack: Any, seed: int, *, restarts: int | None = None
-) -> tuple[float, float]:
-    """Return clean and robust accuracy in percent, as an evaluation counts them.
+def judged(model: Any, source: Any, threat: Any, attack: Any, seed: int, *, restarts: int | None = None) -> Any:
+    """Return what an evaluation found, with an outcome for each example.
 
     Args:
       model: logits from a batch.
@@ -355,7 +353,7 @@ def accuracies(
       restarts: how often each runs, on the survivors; None leaves it to the protocol (once for bare attacks).
 
     Returns:
-      Clean and robust accuracy, in percent.
+      The `evaluate.ModelReport`.
     """
     x, y = source.all()
     report = ja.evaluate(
@@ -369,5 +367,24 @@ def accuracies(
         index=source.index,
         keep_adversarial=False,
     )
-    found = report.models[0]
+    return report.models[0]
+
+
+def accuracies(
+    model: Any, source: Any, threat: Any, attack: Any, seed: int, *, restarts: int | None = None
+) -> tuple[float, float]:
+    """Return clean and robust accuracy in percent, as an evaluation counts them.
+
+    Args:
+      model: logits from a batch.
+      source: the test examples.
+      threat: what the attacker may do.
+      attack: see `judged`.
+      seed: of the attack's randomness.
+      restarts: see `judged`.
+
+    Returns:
+      Clean and robust accuracy, in percent.
+    """
+    found = judged(model, source, threat, attack, seed, restarts=restarts)
     return 100 * found.clean_accuracy, 100 * found.robust_accuracy
