@@ -3,11 +3,13 @@
 from jaxadv.continuous.latent import ESTIMATORS as ESTIMATORS
 from jaxadv.continuous.latent import PRIOR as PRIOR
 from jaxadv.continuous.latent import at_times as at_times
+from jaxadv.continuous.latent import drawn as drawn
 from jaxadv.continuous.latent import gamma_kl as gamma_kl
 from jaxadv.continuous.latent import latent_time as latent_time
 from jaxadv.continuous.latent import lt_node as lt_node
 from jaxadv.continuous.latent import posterior as posterior
 from jaxadv.continuous.latent import predict as predict
+from jaxadv.continuous.latent import random_time as random_time
 from jaxadv.continuous.latent import sampled as sampled
 from jaxadv.continuous.nets import NETS as NETS
 from jaxadv.continuous.nets import create as create

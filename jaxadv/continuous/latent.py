@@ -27,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import digamma, gammaln
 
+from jaxadv.attacks import eot
 from jaxadv.continuous.solve import SolveCfg
+from jaxadv.continuous.surrogates import network_of
 from jaxadv.core import Model, Objective, Trainable, check, example_keys, robust
 from jaxadv.models.adapt import Static
 
@@ -112,20 +114,22 @@ def _posterior(encode, params, state, x, settings):
 
 
 def _at(solve, cfg, params, state, x, times, settings):
-    """Log-probabilities `[n, b, k]` at times `[n]` or `[n, b]`, from one solve."""
-    logits, new = solve(params, state, x, **settings, hints={"solve": cfg, "times": times})
-    return jax.nn.log_softmax(logits).reshape(len(times), x.shape[0], -1), new
+    """Log-probabilities `[n, b, k]` at times `[n]` or `[n, b]` and what taps saw, from one solve."""
+    out, new = solve(params, state, x, **settings, hints={"solve": cfg, "times": times})
+    logits, seen = out if settings["taps"] else (out, {})
+    return jax.nn.log_softmax(logits).reshape(len(times), x.shape[0], -1), seen, new
 
 
 def _latent(static, solve, encode, params, state, x, *, taps=(), hints=None, **settings):
     """The network as training and evaluation see it.
 
     Hints: `times` (log of the mean probabilities at these times), `expect` (a `Draw`: the mean of log-probabilities,
-    weighted); without them, the log of the mean probabilities under the posterior by quadrature. Taps: `kl`,
-    `posterior`.
+    weighted); without them, the log of the mean probabilities under the posterior by quadrature; `solve`, as `ODEBlock`
+    has it. Taps: `kl`, `posterior`, and those of the network.
     """
     cfg, points, prior = static.values
     hints, x = hints or {}, jnp.asarray(x)
+    cfg = hints.get("solve") or cfg
     a, b, seen = _posterior(encode, params["time"], state["time"], x, settings)
     draw, times = hints.get("expect"), hints.get("times")
     if times is not None:
@@ -140,7 +144,8 @@ def _latent(static, solve, encode, params, state, x, *, taps=(), hints=None, **s
         keys = example_keys(draw.key, "end time", draw.index)
         of = partial(nodes, draw.estimator, n=draw.n, t1=cfg.t1)
         times, weights = jax.vmap(of, out_axes=1)(keys, a, b)
-    logs, new = _at(solve, cfg, params["net"], state["net"], x, times, settings)
+    inner = tuple(name for name in taps if name not in ("kl", "posterior"))
+    logs, told, new = _at(solve, cfg, params["net"], state["net"], x, times, settings | {"taps": inner})
     weights = (weights if weights.ndim == 2 else weights[:, None])[..., None]
     if draw is None:
         out = jax.nn.logsumexp(logs, axis=0, b=jnp.broadcast_to(weights, logs.shape))
@@ -148,8 +153,8 @@ def _latent(static, solve, encode, params, state, x, *, taps=(), hints=None, **s
         out = jnp.sum(weights * logs, axis=0)
     if taps:
         kl = jnp.broadcast_to(gamma_kl(a, b, *prior), x.shape[:1])
-        told = {"kl": kl, "posterior": jnp.broadcast_to(jnp.stack([a, b], -1), (x.shape[0], 2))}
-        out = out, {name: told[name] for name in taps}
+        law = {"kl": kl, "posterior": jnp.broadcast_to(jnp.stack([a, b], -1), (x.shape[0], 2))}
+        out = out, told | {name: law[name] for name in taps if name in law}
     return out, {"net": new, "time": seen}
 
 
@@ -160,7 +165,8 @@ def lt_node(
     """Return the network whose end time is random: LT-NODE, or ALT-NODE with an encoder.
 
     In evaluation it returns the logarithms of the mean probabilities under the posterior, by quadrature: a
-    deterministic model that attacks meet without sampling. For the protocol of the paper see `at_times` and `sampled`.
+    deterministic model that attacks meet without sampling, and what `ode_model` and the protocol `ode` take. For the
+    protocol of the paper see `at_times` and `sampled`.
 
     Args:
       net: a network of `continuous.NETS`.
@@ -281,6 +287,57 @@ def sampled(trainable: Trainable, n_samples: int = 10) -> Model:
     """
     check.whole("n_samples", n_samples)
     return Partial(_drawn, Static(n_samples), trainable)
+
+
+def random_time(model: Model) -> Trainable | None:
+    """Return the network with a random end time that a model is made of.
+
+    Args:
+      model: from `ode_model`.
+
+    Returns:
+      What `lt_node` gave, with the solver of the model; None if it is another network.
+
+    Raises:
+      ValueError: if the model does not know its solver.
+    """
+    net, cfg = network_of(model)
+    if net is None or getattr(net.apply, "func", None) is not _latent:
+        return None
+    if cfg is None:
+        return net
+    about, *parts = net.apply.args
+    return net._replace(apply=Partial(_latent, Static(cfg, *about.values[1:]), *parts))
+
+
+def _held_fixed(key, randomized, x):
+    return randomized(x, keys=jnp.broadcast_to(key, x.shape[:1]))
+
+
+def drawn(model: Model, n_samples: int = 20, *, fixed: bool = False) -> Any:
+    """Return a model of random end times that averages over draws in the place of the quadrature, to be attacked.
+
+    What breaks it must be judged on `model`, the exact average, which no draw can help or harm.
+
+    Args:
+      model: from `ode_model` of an `lt_node`.
+      n_samples: end times of a row.
+      fixed: whether the draws are the same at all points; else every point has fresh ones (expectation over
+        transformation).
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: if its end time is not random.
+    """
+    net = random_time(model)
+    if net is None:
+        raise ValueError("the model must have a random end time; got another. Build it with ode_model(lt_node(...)).")
+    randomized = sampled(net, n_samples)
+    if fixed:
+        return Partial(_held_fixed, jax.random.key(0), randomized)
+    return eot(randomized, jax.random.key(0), samples=1, mean="probabilities")
 
 
 def predict(key: Any, trainable: Trainable, x: Any, *, n_samples: int = 10, index: Any = None) -> Any:

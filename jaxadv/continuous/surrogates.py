@@ -40,8 +40,8 @@ def ode_model(trainable: Trainable | Callable, cfg: SolveCfg | None = None, para
     """Return a model whose solver can be exchanged.
 
     Args:
-      trainable: a network of `continuous.NETS`; or a module-level function `run(params, x, cfg) -> (logits, stats)` of
-        your own.
+      trainable: a network of `continuous.NETS`, or `lt_node` of one; or a module-level function
+        `run(params, x, cfg) -> (logits, stats)` of your own.
       cfg: what to solve with; None is what the network was built with.
       params: of a function of your own.
 
@@ -82,6 +82,23 @@ def with_cfg(model: Model, cfg: SolveCfg) -> Model:
     """
     run, _, variables = _parts(model)
     return Partial(_logits, run, Static(cfg), variables)
+
+
+def network_of(model: Model) -> tuple[Trainable | None, SolveCfg | None]:
+    """Return what a model was made of.
+
+    Args:
+      model: from `ode_model`.
+
+    Returns:
+      The network, None for a function of your own; and its solver, None if that is the network's own.
+
+    Raises:
+      ValueError: if the model does not know its solver.
+    """
+    run, cfg, variables = _parts(model)
+    inside = isinstance(run, Partial) and run.func is _run_net
+    return (Trainable(run.args[0], *variables) if inside else None), cfg.values[0]
 
 
 def solved(model: Model, x: Any) -> tuple[Any, SolveStats]:

@@ -15,6 +15,7 @@ solver are those of a frozen grid. So an example counts as robust only if it wit
 | other solvers attacked, the points carried over | PGD on fixed grids and on a ladder of tolerances |
 | no gradients | Square (in AutoAttack), SPSA |
 | another model | `evaluate(..., surrogate=...)` |
+| a random end time (LT-NODE, ALT-NODE) | PGD through fresh and through fixed draws, carried over to the exact average |
 
 A solve that fails gives NaN, which never counts as robust; the share of failures is told apart.
 """
@@ -42,6 +43,9 @@ GRIDS = (("rk4", 4), ("rk4", 8), ("rk4", 16), ("rk4", 32), ("euler", 4), ("euler
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Relative and absolute tolerances that attacks follow, and at which what they found is looked at again."""
+
+DRAWS = 20
+"""Draws of a random end time that attacks follow."""
 
 ALARMS: dict[str, Kind] = {
     "solver_failed": Kind(
@@ -80,15 +84,18 @@ ALARMS: dict[str, Kind] = {
 """Alarms of ODE networks, beside `flags.FLAGS`."""
 
 
+_TIMED = ("draws", "times")
+
+
 @dataclasses.dataclass(frozen=True)
 class Change:
     """What an attack follows in the place of the model; hashable, so a part of the attack's structure.
 
     Attributes:
-      kind: `'grid'` (a fixed grid of the same weights), `'tolerance'`, or `'gradient'` (the model with the gradients of
-        a fixed grid).
+      kind: `'grid'` (a fixed grid of the same weights), `'tolerance'`, `'gradient'` (the model with the gradients of
+        a fixed grid), or for random end times `'draws'` (fresh ones at every point) or `'times'` (fixed ones).
       method: of the grid.
-      value: its steps, or the tolerance.
+      value: its steps, the tolerance, or the number of draws.
     """
 
     kind: str
@@ -96,14 +103,16 @@ class Change:
     value: float = 8
 
     def __post_init__(self):
-        check.choice("kind of change", self.kind, ("grid", "tolerance", "gradient"))
+        check.choice("kind of change", self.kind, ("grid", "tolerance", "gradient", *_TIMED))
 
     @property
     def __name__(self) -> str:
         """The change in words."""
-        return f"tolerance {self.value:g}" if self.kind == "tolerance" else f"{self.kind} {self.method} x{self.value:g}"
+        if self.kind == "tolerance":
+            return f"tolerance {self.value:g}"
+        return f"{self.kind} x{self.value:g}" if self.kind in _TIMED else f"{self.kind} {self.method} x{self.value:g}"
 
-    def __call__(self, model: Model, x: Any) -> Model:
+    def __call__(self, model: Model, x: Any) -> Any:
         """Return what is followed.
 
         Args:
@@ -114,6 +123,8 @@ class Change:
 
         if self.kind == "tolerance":
             return continuous.with_tolerance(model, x, self.value)
+        if self.kind in _TIMED:
+            return continuous.drawn(model, int(self.value), fixed=self.kind == "times")
         grid = continuous.fixed_step(model, x, self.method, int(self.value))
         return grid if self.kind == "grid" else continuous.surrogate_gradient(model, grid)
 
@@ -172,7 +183,7 @@ def behind(threat: Threat, *, change: Change, attack: str = "pgd", **settings: A
 def stages(
     norm: str = "linf", *, steps: int = 100, restarts: int = 5, grids: Sequence[tuple[str, int]] = GRIDS,
     tolerances: Sequence[float] = TOLERANCES, spsa_samples: int = 2048, spsa_steps: int = 100,
-    version: str = "standard",
+    version: str = "standard", draws: int = 0,
 ) -> tuple[Stage, ...]:  # fmt: skip
     """Return the attacks of the protocol `ode`, each on the survivors of those before.
 
@@ -185,6 +196,8 @@ def stages(
       spsa_samples: forward pairs of a step of SPSA; 0 leaves it out.
       spsa_steps: its steps.
       version: of AutoAttack, or `''` for none.
+      draws: of a random end time, fresh at every point and fixed, the points carried over to the exact average; 0 for
+        networks without one.
 
     Returns:
       The stages.
@@ -208,6 +221,8 @@ def stages(
     for method, n in grids:
         out += [Stage(behind, (("change", Change(kind, method, n)), *walk)) for kind in ("gradient", "grid")]
     out += [Stage(behind, (("change", Change("tolerance", value=value)), *walk)) for value in tolerances]
+    if draws:
+        out += [Stage(behind, (("change", Change(kind, value=draws)), *walk)) for kind in _TIMED]
     if norm in ("linf", "l2") and spsa_samples:
         queries = 2 * spsa_samples * spsa_steps
         out.append(Stage("spsa", (("samples", spsa_samples), ("queries", queries), ("sigma", 0.01))))
@@ -280,11 +295,13 @@ def alarms(
     | `more_steps_help` | ten times the steps broke more |
     | `unbounded_attack_fails` | with no limit but the bounds more than chance survived |
     | `zero_gradient` | gradients are exactly zero |
-    | `gradients_disagree` | the median cosine with a fixed grid's gradient, or with differences, is below 0.9 |
+    | `gradients_disagree` | a median cosine (fixed grid, differences, float64 against float32) is below 0.9 |
     | `steps_moved` | steps differ between x and what PGD found by more than a fifth |
     | `batch_coupled` | logits of an example change without its batch |
 
-    Differences are taken in float32 at the given radius, along the same random directions for all examples.
+    Gradients and differences are compared in float64, so that rounding decides nothing: the cosine `rounding` says how
+    near the deployed float32 gradients are. Differences are taken at the given radius, along the same random directions
+    for all examples.
 
     Args:
       key: a typed key.
@@ -393,24 +410,41 @@ def _failures(clean: float, attacked: float, n: int, m: int) -> list[Flag]:
     return [_alarm("solver_failed", max(clean, attacked), 0.0, detail)]
 
 
+def _wide(model: Model) -> Model:
+    """The model with its parameters in float64."""
+    narrow = lambda leaf: getattr(leaf, "dtype", None) == np.float32  # noqa: E731
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64) if narrow(leaf) else leaf, model)
+
+
+def _slopes(
+    model: Any, smooth: Any, x: np.ndarray, y: np.ndarray, v: np.ndarray, radius: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients through the deployed solver and a fixed grid, and differences along `v`, all in float64."""
+    with jax.enable_x64(True):
+        model, smooth, x = _wide(model), _wide(smooth), np.asarray(x, np.float64)
+        native, grid = (np.asarray(_slope(m, x, y)) for m in (model, smooth))
+        return native, grid, np.asarray(_differences(model, x, y, v, radius)) if len(v) else np.zeros((0, len(x)))
+
+
 def _gradients(
     key: Any, model: Any, smooth: Any, x: np.ndarray, y: np.ndarray, directions: int, radius: float, numbers: dict
 ) -> list[Flag]:
-    """Compare gradients through the deployed solver with those of a fixed grid and with differences."""
-    found, native = [], np.asarray(_slope(model, x, y))
-    cosines = {"grid": float(np.median(_cosine(native, np.asarray(_slope(smooth, x, y)))))}
+    """Compare gradients through the deployed solver with those of a fixed grid and with differences, in float64."""
+    v = np.asarray(jax.random.normal(key, (directions, *x.shape[1:])), np.float64)
+    v = v / np.linalg.norm(v.reshape(directions, -1), axis=1).reshape(-1, *(1,) * (x.ndim - 1))
+    found, deployed = [], np.asarray(_slope(model, x, y))
+    native, grid, seen = _slopes(model, smooth, x, y, v, radius)
+    cosines = {"grid": float(np.median(_cosine(native, grid)))}
     if directions:
-        v = np.asarray(jax.random.normal(key, (directions, *x.shape[1:])))
-        v = v / np.linalg.norm(v.reshape(directions, -1), axis=1).reshape(-1, *(1,) * (x.ndim - 1))
         told = v.reshape(directions, -1) @ native.reshape(len(x), -1).T
-        seen = np.asarray(_differences(model, x, y, v.astype(np.float32), radius))
         cosines["differences"] = float(np.median(_cosine(told.T, seen.T)))
+    cosines["rounding"] = float(np.median(_cosine(deployed, native)))
     numbers["cosines"] = cosines
     worst = min(cosines, key=lambda name: cosines[name])
     if cosines[worst] < 0.9:
         detail = ", ".join(f"{name} {value:.2f}" for name, value in cosines.items())
         found.append(_alarm("gradients_disagree", cosines[worst], 0.9, f"Median cosines: {detail}."))
-    zero = float(np.mean(~native.reshape(len(x), -1).any(1)))
+    zero = float(np.mean(~deployed.reshape(len(x), -1).any(1)))
     numbers["zero_gradient"] = zero
     if zero > 0.01:
         found.append(_alarm("zero_gradient", zero, 0.01, f"{zero:.0%} of the examples."))
@@ -463,7 +497,8 @@ def ode_report(
       x: float `[n, ...]` examples within the threat's bounds.
       y: int `[n]` labels.
       threat: what the attacker may do.
-      attacks: see `evaluate`; `stages(...)` with other budgets.
+      attacks: see `evaluate`; `stages(...)` with other budgets. The protocol's name stands for `DRAWS` draws too where
+        the end time is random.
       diagnostics: True for `alarms`, a function of its signature, or False.
       tolerances: at which clean and adversarial examples are classified again.
       batch_size: rows of a forward pass.
@@ -482,6 +517,9 @@ def ode_report(
 
     cfg = continuous.cfg_of(model, np.asarray(x)[:1])
     look = partial(alarms, surrogate=surrogate) if diagnostics is True else diagnostics
+    timed = continuous.random_time(model) is not None
+    if timed and attacks == "ode":
+        attacks = stages(threat.norm, draws=DRAWS)
     given = {"attacks": attacks, "diagnostics": look, "batch_size": batch_size, "surrogate": surrogate}
     report = evaluate(key, model, x, y, threat, **given, **settings)
     entry = report.models[0]
@@ -503,6 +541,10 @@ def ode_report(
         + f", {cfg.batching}, precision {cfg.precision}; a failed solve counts as broken "
         f"({100 * max(failed.values()):.1f} % failed). Robust means robust to attacks through every solver listed.",
     ]
+    if timed:
+        statements.append(
+            "Its end time is random: it is judged by the exact average over it (quadrature), not by draws."
+        )
     order = ("error", "warning", "note")
     flags.sort(key=lambda f: order.index(f.severity))
     entry = dataclasses.replace(entry, flags=flags, diagnostics=numbers, statements=statements)

@@ -11,8 +11,10 @@ import pytest
 
 from jaxadv import continuous, evaluate, threats
 from jaxadv.continuous import SolveCfg, ode_solve
-from jaxadv.core import robust
+from jaxadv.continuous.surrogates import network_of
+from jaxadv.core import Trainable, robust
 from jaxadv.evaluate import odes, protocols
+from jaxadv.models.adapt import Static
 
 EULER = SolveCfg("euler", "fixed", n_steps=4)
 LINF = threats.linf(0.2)
@@ -69,6 +71,27 @@ def test_a_planted_mask_raises_alarms(points, key):
     assert numbers["standing"]["gradient of a grid"] < numbers["standing"]["pgd"]
     assert "grid rk4 x4" in found["surrogate_stronger"].detail
     assert {"surrogate_stronger", "gradients_disagree"} <= set(odes.ALARMS)
+
+
+def offset(params, x, cfg):
+    """`run` on logits of a million, whose differences drown in rounding."""
+    logits, stats = run(params[:3], x, cfg)
+    return logits + params[3], stats
+
+
+def test_gradients_are_compared_in_float64(points: Any, key):
+    """At logits of a million float32 knows differences to 0.06; the slope is exact, and no alarm is due."""
+    x, y = points
+    given = (jnp.float32(1.0), jnp.asarray(False), jnp.asarray(False), jnp.float32(1e6))
+    far, v = continuous.ode_model(offset, EULER, given), np.eye(3)
+    numbers: dict = {}
+    found = odes._gradients(key, far, continuous.fixed_step(far, x, "rk4", 4), x, y, 8, 1e-3, numbers)
+    assert found == [] and min(numbers["cosines"].values()) > 0.999
+    assert set(numbers["cosines"]) == {"grid", "differences", "rounding"}
+    native, _, seen = odes._slopes(far, far, x, y, v, 1e-3)
+    np.testing.assert_allclose(native, seen.T, rtol=1e-6, atol=1e-6)
+    low = np.asarray(odes._differences(far, x, y, v.astype(np.float32), 1e-3))
+    assert np.median(odes._cosine(native, low.T)) < 0.9
 
 
 def test_failed_solves_are_told_and_never_robust(points, key):
@@ -129,6 +152,75 @@ def test_points_of_another_solver_are_judged_on_the_model_itself(points, key):
     attack, masked = odes.behind(LINF, change=odes.Change("grid", "rk4", 4), steps=2), model(True)
     found = jax.jit(lambda attack, m: attack.run(key, m, x, y))(attack, masked)
     np.testing.assert_array_equal(found.success, ~robust(masked(found.x), y))
+
+
+def flow(params, state, x, *, taps=(), hints=None, **settings):
+    """Logits after a linear flow until given times, or until one."""
+    hints = hints or {}
+    times, cfg = hints.get("times", jnp.ones(1)), hints.get("solve") or EULER
+    z, stats = ode_solve(field, params["rate"], x - 0.5, cfg, ts=times)
+    logits = jnp.concatenate([-z[..., :1], z[..., :1]], -1).reshape(-1, 2)
+    told = {"block.stats": stats, "block.solver": Static(cfg)}
+    return (logits, {name: told[name] for name in taps}) if taps else logits, state
+
+
+@pytest.fixture(scope="module")
+def latent():
+    net = Trainable(jax.tree_util.Partial(flow), {"rate": jnp.float32(-1.0)}, {})
+    cfg = SolveCfg("rk4", "fixed", t1=3.0, n_steps=6)
+    return continuous.ode_model(continuous.lt_node(net, cfg, points=8))
+
+
+def test_a_random_end_time_is_attacked_through_draws_and_judged_exactly(latent, points: Any):
+    x, y = (jnp.asarray(v) for v in points)
+    changes = [odes.Change(kind, value=400) for kind in ("draws", "times")]
+
+    @jax.jit
+    def ask(model, x):
+        logits, stats = continuous.solved(model, x)
+        twice = jnp.concatenate([x, x + 1e-3])
+        return logits, stats.ok, model(x), [change(model, x)(twice).reshape(2, -1, 2) for change in changes]
+
+    logits, ok, again, drawn = jax.tree.map(np.asarray, ask(latent, x))
+    np.testing.assert_array_equal(logits, again)
+    assert ok.all() and continuous.random_time(latent) is not None
+    t, w = np.polynomial.legendre.leggauss(8)  # the posterior is the exponential law with rate 1, cut at 3
+    t, w = 1.5 * (t + 1), w * np.exp(-1.5 * (t + 1))
+    z = (np.asarray(x)[:, :1] - 0.5) * np.exp(-t)
+    exact = (w / w.sum() / (1 + np.exp(-2 * z))).sum(1)
+    np.testing.assert_allclose(np.exp(logits[:, 1]), exact, atol=1e-4)
+    for own in drawn:  # draws beyond the end are cut, not thrown away
+        np.testing.assert_allclose(np.exp(own[0, :, 1]), exact, atol=0.03)
+    apart = [np.abs(one - other).max() for one, other in drawn]
+    assert apart[1] < 2e-3 < apart[0]  # fixed draws move with the point alone
+    moved = continuous.with_cfg(latent, SolveCfg("euler", "fixed", t1=3.0, n_steps=3))
+    net: Any = continuous.random_time(moved)
+    assert net.apply.args[0].values[0].n_steps == 3
+    assert continuous.cfg_of(latent, x).t1 == 3.0
+    assert network_of(latent)[1] is None and network_of(model()) == (None, EULER)
+
+
+def test_the_protocol_knows_a_random_end_time(latent, points: Any, key, monkeypatch):
+    names = [protocols.build(stage, LINF, LINF).name for stage in odes.stages("linf", **CHEAP, draws=odes.DRAWS)]
+    assert names[-2:] == ["pgd on draws x20", "pgd on times x20"] and len(names) == 7
+
+    def asked(norm, draws):
+        raise LookupError(f"{draws} draws in {norm}")
+
+    monkeypatch.setattr(odes, "stages", asked)
+    with pytest.raises(LookupError, match="20 draws in linf"):
+        odes.ode_report(key, latent, *points, LINF)
+    with pytest.raises(ValueError, match="must have a random end time"):
+        continuous.drawn(model())
+
+
+@pytest.mark.slow
+def test_what_draws_lead_to_is_judged_on_the_exact_average(latent, points: Any, key):
+    x, y = (jnp.asarray(v) for v in points)
+    attack = odes.behind(LINF, change=odes.Change("draws", value=4), steps=3, start="zero")
+    found, verdict = jax.jit(lambda m: ((r := attack.run(key, m, x, y)), robust(m(r.x), y)))(latent)
+    np.testing.assert_array_equal(found.success, ~verdict)
+    np.testing.assert_array_equal(verdict, np.abs(points[0][:, 0] - 0.5) > 0.2)  # closed form of a threshold
 
 
 def test_what_knows_no_solver_is_refused(points: Any, key):
