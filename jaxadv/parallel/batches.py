@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxadv.core import PyTree, check
+from jaxadv.parallel import meshes
 
 
 def rows_of(batch: PyTree, everywhere: bool = False) -> int:
@@ -27,15 +28,15 @@ def rows_of(batch: PyTree, everywhere: bool = False) -> int:
     Raises:
       ValueError: if the leaves have different leading axes.
     """
-    sizes: set[Any] = {leaf.shape[0] if getattr(leaf, "ndim", 0) else None for leaf in jax.tree.leaves(batch)}
+    leaves = jax.tree.leaves(batch)
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+    sizes: set[Any] = {shape[0] if shape else None for shape in shapes}
     if len(sizes) != 1 or None in sizes:
-        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(batch)]
         raise ValueError(
             f"every leaf of a batch must have the same leading axis; got shapes {shapes}. "
             "What is the same for all rows (a step number, a key) belongs in the state."
         )
-    leaf = jax.tree.leaves(batch)[0]
-    parts = everywhere and not (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable)
+    parts = everywhere and not (isinstance(leaves[0], jax.Array) and not leaves[0].is_fully_addressable)
     return sizes.pop() * (jax.process_count() if parts else 1)
 
 
@@ -91,7 +92,7 @@ def global_batch(batch: PyTree, mesh: Mesh | None, data_axes: tuple[str, ...] = 
     """
     if mesh is None:
         return batch
-    sharding = NamedSharding(mesh, PartitionSpec(data_axes))
+    sharding = meshes.named(mesh, PartitionSpec(data_axes))
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
 

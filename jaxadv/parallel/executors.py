@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxadv.core import PyTree
 from jaxadv.core.jaxprs import held
 from jaxadv.parallel.axes import Axis
 from jaxadv.parallel.batches import global_batch
-from jaxadv.parallel.meshes import Layout, is_key, make_mesh, sharding
+from jaxadv.parallel.meshes import Layout, is_key, lies, make_mesh, named, sharding
 
 Step = Callable[..., tuple[PyTree, PyTree]]
 """`step(state, batch, *, axis_name=None) -> (state, metrics)`, pure, for the rows of one shard."""
@@ -46,7 +46,7 @@ def _jit(
     if mesh is None:
         return jax.jit(functools.partial(step, axis_name=None), donate_argnums=donated), None, lambda batch: batch
     mesh = _typed(mesh, kind)
-    same, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(axes))
+    same, split = named(mesh, PartitionSpec()), named(mesh, PartitionSpec(axes))
 
     def keep(a):
         return a if is_key(a) else lax.with_sharding_constraint(a, sharding(a, mesh, layout))
@@ -57,7 +57,20 @@ def _jit(
 
     whole_state = same if layout is None else None  # None: as it comes, and as it was made
     run = jax.jit(run, donate_argnums=donated, in_shardings=(whole_state, split), out_shardings=(whole_state, same))
-    return (run if count == 1 else _guarded(run)), mesh, lambda batch: global_batch(batch, mesh, axes)
+    return (run if count == 1 else _guarded(run)), mesh, _spread(mesh, axes)
+
+
+def _spread(mesh: Mesh, axes: tuple[str, ...]) -> Callable[[PyTree], PyTree]:
+    """How rows reach the devices: numpy arrays go in as they are, because the compiled step knows where they belong."""
+    alone, split = jax.process_count() == 1, named(mesh, PartitionSpec(axes))
+
+    def ready(leaf):
+        return (alone and isinstance(leaf, np.ndarray)) or lies(leaf, split)
+
+    return lambda batch: batch if all(map(ready, jax.tree.leaves(batch))) else global_batch(batch, mesh, axes)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _guarded(run: Callable) -> Callable:
@@ -65,8 +78,9 @@ def _guarded(run: Callable) -> Callable:
     seen: set = set()
 
     def look(state, batch):
-        shapes = tuple((np.shape(leaf), str(leaf.dtype)) for leaf in jax.tree.leaves((state, batch)))
-        if shapes not in seen:
+        leaves, form = jax.tree.flatten((state, batch))
+        asked = form, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        if asked not in seen:
             if _splits_wrongly(run.trace(state, batch).jaxpr.jaxpr):
                 raise ValueError(
                     "a step for how='jit' or 'explicit' on several devices must not hold per-example gradients of the "
@@ -74,8 +88,8 @@ def _guarded(run: Callable) -> Callable:
                     "without an error. Pass how='shard_map', which gives the same answer without the compiler's "
                     "splitting."
                 )
-            seen.add(shapes)
-        return contextlib.nullcontext()
+            seen.add(asked)
+        return _NOTHING
 
     return _Within(run, look)
 
@@ -114,7 +128,10 @@ def _splits_wrongly(jaxpr: Any) -> bool:
     return False
 
 
-def _explicit(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...]):
+def _explicit(
+    step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...],
+    layout: Layout | None = None,
+):  # fmt: skip
     """The same with shardings in the types of what goes in and comes out, under `jax.set_mesh`.
 
     In between the compiler decides: typed shardings have no rule for much that a step does (strided convolutions as
@@ -122,13 +139,16 @@ def _explicit(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, 
     """
     axes = axes if mesh is not None else ("data",)
     auto: Any = jax.sharding.auto_axes
+    where = _typed(mesh or _one_device(), AxisType.Explicit)
 
     def typed(state, batch, *, axis_name=None):
-        return auto(functools.partial(step, axis_name=axis_name), out_sharding=PartitionSpec())(state, batch)
+        laid = PartitionSpec() if layout is None else jax.tree.map(lambda a: sharding(a, where, layout).spec, state)
+        run = auto(functools.partial(step, axis_name=axis_name), out_sharding=(laid, PartitionSpec()))
+        return run(state, batch)
 
-    run, mesh, place = _jit(typed, mesh or _one_device(), axes, count, donated, AxisType.Explicit)
+    run, _, spread = _jit(typed, where, axes, count, donated, AxisType.Explicit, layout)
     typed_mesh: Any = jax.set_mesh
-    return _Within(run, lambda state, batch: typed_mesh(mesh)), mesh, place
+    return _Within(run, lambda state, batch: typed_mesh(where)), where, spread
 
 
 def _shard_map(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...]):
@@ -138,7 +158,8 @@ def _shard_map(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int,
     same, split = PartitionSpec(), PartitionSpec(axes)
     shard = functools.partial(step, axis_name=_axes(axes, checked=True))
     run = jax.shard_map(shard, mesh=mesh, in_specs=(same, split), out_specs=(same, same))
-    return jax.jit(run, donate_argnums=donated), mesh, lambda batch: global_batch(batch, mesh, axes)
+    given = (named(mesh, same), named(mesh, split))
+    return jax.jit(run, donate_argnums=donated, in_shardings=given), mesh, _spread(mesh, axes)
 
 
 def _pmap(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...]):
@@ -149,7 +170,16 @@ def _pmap(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, dona
     name = _axes(axes[:1], checked=False)
     shard = functools.partial(step, axis_name=name)
     run = jax.pmap(shard, name, in_axes=(None, 0), out_axes=(None, None), devices=devices, donate_argnums=donated)
-    return run, make_mesh(devices, {axes[0]: len(devices)}), lambda batch: _split(batch, here)
+    mesh = make_mesh(devices, {axes[0]: len(devices)})
+    alone, split = jax.process_count() == 1, named(mesh, PartitionSpec(axes[:1]))
+    folded = jax.jit(_fold, static_argnums=1, out_shardings=split if alone else None)  # not operation by operation
+
+    def part(a):
+        if not isinstance(a, jax.Array):
+            return _fold(a, here)
+        return folded(a if not alone or lies(a, split) else jax.device_put(a, split), here)
+
+    return run, mesh, lambda batch: jax.tree.map(part, batch)
 
 
 def _vmap(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, donated: tuple[int, ...]):
@@ -157,11 +187,15 @@ def _vmap(step: Step, mesh: Mesh | None, axes: tuple[str, ...], count: int, dona
     name = _axes(axes[:1], checked=False)
     shard = functools.partial(step, axis_name=name)
     run = jax.vmap(shard, in_axes=(None, 0), out_axes=(None, None), axis_name=name, axis_size=count)
-    return jax.jit(run, donate_argnums=donated), None, lambda batch: _split(batch, count)
+
+    def whole(state, batch):
+        return run(state, jax.tree.map(lambda a: _fold(a, count), batch))
+
+    return jax.jit(whole, donate_argnums=donated), None, lambda batch: batch
 
 
-def _split(batch: PyTree, shards: int) -> PyTree:
-    return jax.tree.map(lambda a: a.reshape(shards, a.shape[0] // shards, *a.shape[1:]), batch)
+def _fold(a: Any, shards: int) -> Any:
+    return a.reshape(shards, a.shape[0] // shards, *a.shape[1:])
 
 
 HOW: dict[str, Callable] = {

@@ -4,6 +4,7 @@ What lives here: `make_mesh`, the part of a mesh that is ours, layouts, placing 
 (`batches.py`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -124,7 +125,35 @@ def is_key(leaf: Any) -> bool:
     Returns:
       Whether its type is one of keys.
     """
-    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    kind = getattr(leaf, "dtype", None)
+    return kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
+
+
+@functools.lru_cache(maxsize=1024)
+def named(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+    """Return a sharding, the same object each time: a step asks for it at every call.
+
+    Args:
+      mesh: the mesh.
+      spec: which of its axes split which axes of an array.
+
+    Returns:
+      The sharding.
+    """
+    return NamedSharding(mesh, spec)
+
+
+def lies(leaf: Any, where: NamedSharding) -> bool:
+    """Tell whether a leaf lies where it should, so that nothing need be moved.
+
+    Args:
+      leaf: an array, a numpy array or a number.
+      where: where it should lie.
+
+    Returns:
+      Whether it does.
+    """
+    return isinstance(leaf, jax.Array) and leaf.sharding == where
 
 
 def sharding(leaf: Any, mesh: Mesh, layout: Layout | None = None) -> NamedSharding:
@@ -138,12 +167,11 @@ def sharding(leaf: Any, mesh: Mesh, layout: Layout | None = None) -> NamedShardi
     Returns:
       Its sharding.
     """
-    spec = PartitionSpec() if layout is None or is_key(leaf) else layout(np.shape(leaf), mesh)
-    return NamedSharding(mesh, spec)
+    return named(mesh, PartitionSpec() if layout is None or is_key(leaf) else layout(np.shape(leaf), mesh))
 
 
 def place(tree: PyTree, mesh: Mesh, layout: Layout | None = None) -> PyTree:
-    """Place arrays that are global already, or of which every process holds all.
+    """Place arrays that are global already, or of which every process holds all; a tree that lies right stays.
 
     Args:
       tree: arrays, numpy arrays, typed keys or numbers.
@@ -153,9 +181,12 @@ def place(tree: PyTree, mesh: Mesh, layout: Layout | None = None) -> PyTree:
     Returns:
       The same values.
     """
-    where = jax.tree.map(lambda leaf: sharding(leaf, mesh, layout), tree)
+    leaves, form = jax.tree.flatten(tree)
+    where = [sharding(leaf, mesh, layout) for leaf in leaves]
+    if all(map(lies, leaves, where)):
+        return tree
     if jax.process_count() == 1:
-        return jax.device_put(tree, where)
+        return form.unflatten(jax.device_put(leaves, where))
 
     def put(leaf, where):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -166,7 +197,7 @@ def place(tree: PyTree, mesh: Mesh, layout: Layout | None = None) -> PyTree:
         value = np.asarray(leaf)
         return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
-    return jax.tree.map(put, tree, where)
+    return form.unflatten(map(put, leaves, where))
 
 
 def replicate(tree: PyTree, mesh: Mesh | None = None) -> PyTree:

@@ -32,7 +32,7 @@ class Executor:
         """Check the batch, place it and the state, and see to it that only memory of our own is donated."""
         state, metrics = self._run(*self._placed(state, batch))
         if self._donate:
-            self._ours[:] = [weakref.ref(leaf) for leaf in jax.tree.leaves(state)]
+            self._ours = list(map(weakref.ref, jax.tree.leaves(state)))
         return state, metrics
 
     def lower(self, state: PyTree, batch: PyTree) -> Any:
@@ -70,14 +70,15 @@ class Executor:
 
     def _owned(self, state: PyTree) -> PyTree:
         """The state in memory that may be given away: what we returned ourselves, and copies of all else."""
-        mine, seen = {id(known) for ref in self._ours if (known := ref()) is not None}, set()
-
-        def leaf(a):
-            keep = id(a) in mine and id(a) not in seen
-            seen.add(id(a))
-            return a if keep else self.place(jnp.copy(a))
-
-        return jax.tree.map(leaf, state)
+        leaves, form = jax.tree.flatten(state)
+        mine = {id(known) for ref in self._ours if (known := ref()) is not None}
+        given = list(map(id, leaves))
+        if mine.issuperset(given) and len(set(given)) == len(given):  # what the last call returned, each leaf once
+            return state
+        strange = [i for i, a in enumerate(given) if a not in mine or a in given[:i]]
+        for i, copy in zip(strange, self.place([jnp.copy(leaves[i]) for i in strange])):
+            leaves[i] = copy
+        return form.unflatten(leaves)
 
 
 def compile_step(
@@ -119,7 +120,8 @@ def compile_step(
       data_axes: mesh axes that share the rows of the batch; other axes of the mesh hold copies.
       donate: whether the state's memory is reused.
       devices: number of fake devices of `'vmap'`; None takes as many as the mesh has.
-      layout: how the leaves of the state lie on the devices, under `'jit'` only; None keeps all of it on every device.
+      layout: how the leaves of the state lie on the devices, under `'jit'` and `'explicit'` only (there the step must
+        return a state of the structure that it got); None keeps all of it on every device.
 
     Returns:
       An `Executor`, `callable(state, batch) -> (state, metrics)`: batch is a pytree of `[b, ...]` arrays with all rows
@@ -142,10 +144,10 @@ def compile_step(
                 f"devices must be None unless how='vmap'; got {devices} with how={how!r}. "
                 f"Real devices come from mesh=parallel.make_mesh({devices})."
             )
-    if layout is not None and (how != "jit" or mesh is None):
+    if layout is not None and (how not in ("jit", "explicit") or mesh is None):
         raise ValueError(
-            f"layout must be None unless how='jit' with a mesh; got how={how!r} and mesh={mesh}. The other executors "
-            "keep the whole state on every device."
+            f"layout must be None unless how='jit' with a mesh, or 'explicit' with one; got how={how!r} and "
+            f"mesh={mesh}. The other executors keep the whole state on every device."
         )
     count = devices or _shards(mesh, data_axes, how)
     donated = (0,) if donate else ()
