@@ -245,7 +245,9 @@ def test_benchmarks_are_listed_and_run(tmp_path):
 PARTS = 3
 """Processes that the claims share: a process of its own for each would begin, import and compile as often."""
 STEP = """
-import sys
+import functools, sys
+from jax._src.interpreters import mlir
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)  # as in conftest.py
 from jaxadv.cli import claims
 for name in sys.argv[1:]:
     print(name, "...", claims.claims_run(".", name, smoke=True)["verdict"], flush=True)

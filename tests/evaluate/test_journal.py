@@ -249,7 +249,7 @@ import conftest
 slots.SECONDS = 0.0
 p = conftest.linear(n=200)
 report = evaluate(jax.random.key(0), p.model, p.x, p.y, threats.linf(0.02), journal=sys.argv[1] + "/journal",
-                  attacks=(Stage("pgd", (("steps", 30),), 40),), slots=16, resume=True)
+                  attacks=(Stage("pgd", (("steps", 30),), 16),), slots=16, resume=True)
 report.save(sys.argv[1])
 """
 

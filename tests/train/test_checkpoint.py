@@ -58,7 +58,7 @@ def start(folder, steps):
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_gives_the_same_bits(tmp_path, kit):
     """SIGKILL at seeded random moments, checkpoints being written every three steps; then one uninterrupted run."""
-    steps, rng, kills = 120, random.Random(7), 0
+    steps, rng, kills = 45, random.Random(7), 0
     for _ in range(2):
         child = start(tmp_path / "killed", steps)
         for line in child.stdout:
