@@ -2,9 +2,10 @@
 
 import pytest
 
-from benchmarks.claims import arms, framework
+from benchmarks.claims import a3t, advlc, arms, cost_sensitive, fgsm_tricks, framework, iat, mart, trades
 
-AUTO, CLEAN, COST, GAP = arms.AUTO, arms.CLEAN, arms.COST, arms.GAP
+AUTO, CLEAN, COST, GAP, PGD, TRAINING = arms.AUTO, arms.CLEAN, arms.COST, arms.GAP, arms.PGD, arms.TRAINING
+PROTECTED, OTHERS = cost_sensitive.PROTECTED, cost_sensitive.OTHERS
 
 
 def level(names, **measures):
@@ -31,6 +32,7 @@ def test_gains_are_paired_by_seed_and_told_with_their_interval():
     assert arms.told(numbers, "ab", AUTO) == "percent for a, b: AutoAttack, robust 62.0, 60.0"
 
 
+TURN, RISE = advlc.TURN, advlc.RISE
 CASES = {
     "n_fgsm": (
         level(("FGSM", "random start", "GradAlign", "PGD", "N-FGSM"), **{CLEAN: 98.0, AUTO: 80.0, COST: 1.0})
@@ -43,6 +45,76 @@ CASES = {
                 {f"FGSM: {AUTO}": [0.0, 0.0, 60.0]},
                 {f"PGD: {AUTO}": [40.0] * 3},
             ],
+        },
+    ),
+    "trades": (
+        level(trades.ARMS, **{CLEAN: 98.0, PGD: 82.0, AUTO: 80.0})
+        | {f"large: {AUTO}": raised(85), f"large: {CLEAN}": raised(95)},
+        {
+            "holds": [{}],
+            "holds in part": [{f"large: {CLEAN}": raised(98)}, {f"middle: {AUTO}": raised(90)}],
+            "does not hold here": [{f"large: {AUTO}": [70.0, 85.0, 90.0]}, {f"PGD: {AUTO}": raised(40)}],
+        },
+    ),
+    "mart": (
+        level(mart.ARMS, **{CLEAN: 98.0, PGD: 82.0, AUTO: 80.0}) | {f"MART: {AUTO}": raised(83)},
+        {
+            "holds": [{}],
+            "holds in part": [{f"all examples: {AUTO}": raised(84)}],
+            "does not hold here": [{f"MART: {AUTO}": raised(79)}, {f"PGD: {AUTO}": raised(40)}],
+        },
+    ),
+    "fgsm_tricks": (
+        level(fgsm_tricks.ARMS, **{CLEAN: 98.0, AUTO: 80.0}) | {f"FGSM: {AUTO}": raised(0)},
+        {
+            "holds": [{}],
+            "holds in part": [{f"first layer: {AUTO}": [0.0, 80.0, 80.0]}, {f"hidden pixels: {AUTO}": raised(0)}],
+            "does not hold here": [
+                {f"{arm}: {AUTO}": raised(1) for arm in fgsm_tricks.TRICKS},
+                {f"FGSM: {AUTO}": [0.0, 0.0, 60.0]},
+            ],
+        },
+    ),
+    "advlc": (
+        level(advlc.ARMS, **{CLEAN: 98.0, AUTO: 60.0, TRAINING: 90.0, GAP: 30.0, RISE: 50.0, TURN: 40.0})
+        | {f"AdvLC: {GAP}": raised(20), f"AdvLC: {RISE}": raised(30), f"AdvLC: {TURN}": raised(20)},
+        {
+            "holds": [{}],
+            "holds in part": [{f"AdvLC: {TURN}": raised(41)}, {f"AdvLC: {AUTO}": raised(59)}],
+            "does not hold here": [{f"AdvLC: {GAP}": [10.0, 20.0, 35.0]}, {f"PGD: {AUTO}": raised(5)}],
+        },
+    ),
+    "iat": (
+        level(iat.ARMS, **{CLEAN: 97.0, PGD: 72.0, AUTO: 70.0}) | {f"IAT: {CLEAN}": raised(98)},
+        {
+            "holds": [{}],
+            "holds in part": [{f"IAT: {AUTO}": raised(60)}, {f"without mixing: {CLEAN}": raised(99)}],
+            "does not hold here": [{f"IAT: {CLEAN}": raised(96)}, {f"PGD: {AUTO}": raised(5)}],
+        },
+    ),
+    "a3t": (
+        level(a3t.ARMS, **{CLEAN: 98.0, AUTO: 60.0, TRAINING: 90.0, GAP: 30.0})
+        | {f"from prediction: {GAP}": raised(20)},
+        {
+            "holds": [{}],
+            "holds in part": [{f"from prediction: {AUTO}": raised(50)}],
+            "does not hold here": [{f"from prediction: {GAP}": raised(31)}, {f"PGD: {AUTO}": raised(5)}],
+        },
+    ),
+    "cost_sensitive": (
+        level(
+            cost_sensitive.ARMS,
+            **{CLEAN: 98.0, PGD: 82.0, AUTO: 80.0, PROTECTED: 75.0, OTHERS: 81.0, cost_sensitive.SPARSE: 30.0},
+        )
+        | {f"costs: {PROTECTED}": raised(85), f"costs and Min-Max: {PROTECTED}": raised(88)},
+        {
+            "holds": [{}],
+            "holds in part": [
+                {f"costs: {AUTO}": raised(77)},
+                {f"costs: {OTHERS}": raised(86)},
+                {f"costs and Min-Max: {PROTECTED}": raised(85)},
+            ],
+            "does not hold here": [{f"costs: {PROTECTED}": raised(75, -1.0, 0.0, 1.0)}, {f"PGD: {AUTO}": raised(40)}],
         },
     ),
 }

@@ -86,8 +86,40 @@ def setup(settings: dict[str, Any], smoke: bool) -> Setup:
     return Setup(settings, data, held, test, ja.linf(settings["eps"]), steps, smoke)
 
 
+def reports(shared: Setup, made: framework.Trained, seed: int) -> tuple[Any, Any]:
+    """Judge a network by PGD and by AutoAttack on the test images.
+
+    Args:
+      shared: of the claim.
+      made: the network.
+      seed: of the attacks.
+
+    Returns:
+      What both found (`framework.judged`); in a smoke run PGD stands for both.
+    """
+    weak = framework.judged(made.model, shared.test, shared.threat, shared.judge, seed)
+    if shared.smoke:
+        return weak, weak
+    return weak, framework.judged(made.model, shared.test, shared.threat, shared.settings["judge"], seed)
+
+
+def measured(weak: Any, strong: Any, made: framework.Trained) -> dict[str, float]:
+    """Return what every claim of this kind reports: percent of the test images, and minutes.
+
+    Args:
+      weak: what PGD found.
+      strong: what AutoAttack found.
+      made: the network.
+
+    Returns:
+      Measure to its value.
+    """
+    robust = {PGD: 100 * weak.robust_accuracy, AUTO: 100 * strong.robust_accuracy}
+    return {CLEAN: 100 * weak.clean_accuracy} | robust | {COST: made.processor_minutes}
+
+
 def judged(shared: Setup, made: framework.Trained, seed: int) -> dict[str, float]:
-    """Judge a network by PGD and by AutoAttack; percent of the test images.
+    """Judge a network by PGD and by AutoAttack.
 
     Args:
       shared: of the claim.
@@ -97,11 +129,7 @@ def judged(shared: Setup, made: framework.Trained, seed: int) -> dict[str, float
     Returns:
       Measure to its value.
     """
-    clean, weak = framework.accuracies(made.model, shared.test, shared.threat, shared.judge, seed)
-    strong = weak
-    if not shared.smoke:
-        strong = framework.accuracies(made.model, shared.test, shared.threat, shared.settings["judge"], seed)[1]
-    return {CLEAN: clean, PGD: weak, AUTO: strong, COST: made.processor_minutes}
+    return measured(*reports(shared, made, seed), made)
 
 
 def overfitting(shared: Setup, made: framework.Trained, seed: int) -> dict[str, float]:
