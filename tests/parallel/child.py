@@ -1,10 +1,13 @@
 """One process of a run, started by `test_processes`: trains by a small recipe, takes a private step, evaluates.
 
 Arguments: folder, `--distributed`, forced devices of all processes, seconds that reading a batch takes, further words
-of `train`. The small recipe is known to this process only.
+of `train`. The small recipe is known to this process only. What the process holds of every parameter and momentum is
+written down, as a part of the whole.
 """
 
 import dataclasses
+import functools
+import json
 import sys
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ from jaxadv import attacks, data, models, parallel, privacy, threats, train
 from jaxadv.cli import main, training
 
 STEPS, ROWS, RADIUS = 200, 64, 0.1
+SGD = optax.sgd(0.05, momentum=0.5)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,9 +36,23 @@ def recipe(source, *, seed=0, eps=None, epochs=1, validation=None, trainable=Non
     """Train a linear model on the digits, slowly if asked to."""
     attack = attacks.pgd(threats.l2(0.5), steps=2, keep="last")  # steps along signs would amplify rounding
     slow = Slow(**{f.name: getattr(source, f.name) for f in dataclasses.fields(source)}, seconds=PAUSE)
-    given = {"trainable": trainable, "objective": train.pgd_at(attack), "optimizer": optax.sgd(0.1), "data": slow}
+    given = {"trainable": trainable, "objective": train.pgd_at(attack), "optimizer": SGD, "data": slow}
     given |= {"steps": STEPS, "batch_size": 32, "attack": attack, "validation": validation.take(64)}
     return given | {"save_every": 20, "validate_every": 100, "keep": "last"} | overrides
+
+
+def held(leaf):
+    """The part of an array that this process has, copies counted once."""
+    return sum({str(shard.index): shard.data.size for shard in leaf.addressable_shards}.values()) / leaf.size
+
+
+def watched(fit, folder, key, *, callbacks, **given):
+    def look(step, state, line):
+        kept = {"params": state.params, "momentum": state.opt_state}
+        parts = {jax.tree_util.keystr(path): held(a) for path, a in jax.tree_util.tree_leaves_with_path(kept)}
+        (folder / f"held-{jax.process_index()}.json").write_text(json.dumps(parts))
+
+    return fit(key, callbacks=(*callbacks, look), **given)
 
 
 def private_step(trainable, mesh):
@@ -74,6 +92,8 @@ def run(folder, spec, devices, words):
 if __name__ == "__main__":
     PAUSE = float(sys.argv[4])
     train.RECIPES["tiny_digits"] = recipe
+    train.fit = functools.partial(watched, train.fit, Path(sys.argv[1]))
+    parallel.fsdp = functools.partial(parallel.fsdp, least=64)
     training.NETWORKS["tiny_digits"] = ("mlp", {"widths": ()})
     if sys.argv[2] != "off":  # as the command line would, but a dead process is noticed sooner
         address, count, number = sys.argv[2].split(",")

@@ -33,8 +33,9 @@ def start(folder, spec="off", devices=1, pause=0.0, *words):
 
 
 def two(folder, pause=0.0, *words):
+    """Two processes; the second one reads slowly."""
     port = free_port()
-    return [start(folder, f"127.0.0.1:{port},2,{i}", 8, pause, *words) for i in (0, 1)]
+    return [start(folder, f"127.0.0.1:{port},2,{i}", 8, pause * i, *words) for i in (0, 1)]
 
 
 def ended(children):
@@ -66,6 +67,13 @@ def found(folder):
     return load_file(folder / "run" / "model.safetensors"), private, report["examples"] | {"attacks": report["attacks"]}
 
 
+def held(folder):
+    """The parts of the weights, the biases and their momenta that each of two processes had."""
+    both = [json.loads((folder / f"held-{i}.json").read_text()) for i in (0, 1)]
+    assert both[0] == both[1] and len(both[0]) == 4
+    return sorted(both[0].values())
+
+
 def same(one, other):
     for arrays, others in zip(one[:2], other[:2]):
         assert sorted(arrays) == sorted(others)
@@ -90,6 +98,7 @@ def test_two_processes_train_privatize_and_evaluate_as_one_does(alone):
     codes, told = ended(two(folder))
     assert codes == [0, 0], told
     same(found(folder), found(alone))
+    assert held(folder) == [1, 1, 1, 1]
     assert "Report:" not in told[1] and "train: " in told[0] and "train: " not in told[1]  # the first one speaks
     assert (folder / "evaluation" / "process-1").is_dir()
     first, second = (
@@ -101,9 +110,12 @@ def test_two_processes_train_privatize_and_evaluate_as_one_does(alone):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
 def test_a_preempted_and_a_killed_process_and_another_number_of_devices_change_nothing(alone):
-    """A slow reader throughout; SIGTERM to one of two, then SIGKILL to one of two, then one process goes on alone."""
+    """SIGTERM to one of two, then SIGKILL to one of two, then one process goes on alone.
+
+    One of the two reads slowly, and the state lies in shares: both write the checkpoints, and one reads them whole.
+    """
     folder = alone.parent / "lost"
-    children = two(folder, 0.05)
+    children = two(folder, 0.05, "--fsdp")
     until_step(folder, 10, children)
     children[1].send_signal(signal.SIGTERM)
     codes, told = ended(children)
@@ -111,7 +123,8 @@ def test_a_preempted_and_a_killed_process_and_another_number_of_devices_change_n
     stopped = int(re.search(r"interrupted at step (\d+) of 200; saved", told[0])[1])
     assert 10 <= stopped < 200 and (folder / "run" / "checkpoints" / str(stopped)).is_dir()
 
-    children = two(folder, 0.05, "--resume")
+    assert held(folder) == [0.5, 0.5, 1, 1]
+    children = two(folder, 0.05, "--fsdp", "--resume")
     until_step(folder, stopped + 30, children)
     children[1].kill()
     codes, told = ended(children)
