@@ -43,7 +43,7 @@ CASES = {
             "does not hold here": [
                 {f"N-FGSM: {AUTO}": [0.0, 80.0, 80.0]},
                 {f"FGSM: {AUTO}": [0.0, 0.0, 60.0]},
-                {f"PGD: {AUTO}": [40.0] * 3},
+                {f"PGD: {AUTO}": [29.0] * 3},
             ],
         },
     ),
@@ -53,7 +53,7 @@ CASES = {
         {
             "holds": [{}],
             "holds in part": [{f"large: {CLEAN}": raised(98)}, {f"middle: {AUTO}": raised(90)}],
-            "does not hold here": [{f"large: {AUTO}": [70.0, 85.0, 90.0]}, {f"PGD: {AUTO}": raised(40)}],
+            "does not hold here": [{f"large: {AUTO}": [70.0, 85.0, 90.0]}, {f"PGD: {AUTO}": raised(29)}],
         },
     ),
     "mart": (
@@ -61,7 +61,7 @@ CASES = {
         {
             "holds": [{}],
             "holds in part": [{f"all examples: {AUTO}": raised(84)}],
-            "does not hold here": [{f"MART: {AUTO}": raised(79)}, {f"PGD: {AUTO}": raised(40)}],
+            "does not hold here": [{f"MART: {AUTO}": raised(79)}, {f"PGD: {AUTO}": raised(29)}],
         },
     ),
     "fgsm_tricks": (
@@ -72,6 +72,7 @@ CASES = {
             "does not hold here": [
                 {f"{arm}: {AUTO}": raised(1) for arm in fgsm_tricks.TRICKS},
                 {f"FGSM: {AUTO}": [0.0, 0.0, 60.0]},
+                {f"PGD: {AUTO}": raised(29)},
             ],
         },
     ),
@@ -81,7 +82,7 @@ CASES = {
         {
             "holds": [{}],
             "holds in part": [{f"AdvLC: {TURN}": raised(41)}, {f"AdvLC: {AUTO}": raised(59)}],
-            "does not hold here": [{f"AdvLC: {GAP}": [10.0, 20.0, 35.0]}, {f"PGD: {AUTO}": raised(5)}],
+            "does not hold here": [{f"AdvLC: {GAP}": [10.0, 20.0, 35.0]}, {f"PGD: {AUTO}": raised(29)}],
         },
     ),
     "iat": (
@@ -89,7 +90,7 @@ CASES = {
         {
             "holds": [{}],
             "holds in part": [{f"IAT: {AUTO}": raised(60)}, {f"without mixing: {CLEAN}": raised(99)}],
-            "does not hold here": [{f"IAT: {CLEAN}": raised(96)}, {f"PGD: {AUTO}": raised(5)}],
+            "does not hold here": [{f"IAT: {CLEAN}": raised(96)}, {f"PGD: {AUTO}": raised(29)}],
         },
     ),
     "a3t": (
@@ -98,7 +99,7 @@ CASES = {
         {
             "holds": [{}],
             "holds in part": [{f"from prediction: {AUTO}": raised(50)}],
-            "does not hold here": [{f"from prediction: {GAP}": raised(31)}, {f"PGD: {AUTO}": raised(5)}],
+            "does not hold here": [{f"from prediction: {GAP}": raised(31)}, {f"PGD: {AUTO}": raised(29)}],
         },
     ),
     "cost_sensitive": (
@@ -114,7 +115,7 @@ CASES = {
                 {f"costs: {OTHERS}": raised(86)},
                 {f"costs and Min-Max: {PROTECTED}": raised(85)},
             ],
-            "does not hold here": [{f"costs: {PROTECTED}": raised(75, -1.0, 0.0, 1.0)}, {f"PGD: {AUTO}": raised(40)}],
+            "does not hold here": [{f"costs: {PROTECTED}": raised(75, -1.0, 0.0, 1.0)}, {f"PGD: {AUTO}": raised(29)}],
         },
     ),
 }

@@ -19,7 +19,7 @@ CLAIM = {
     "openreview rklOg6EFwS (not on arXiv)",
     "tier": "mnist",
     "seeds": (0, 1, 2),
-    "minutes": 15,
+    "minutes": 14,
     "settings": arms.SETTINGS | {"weight": 5.0, "small": 0.5},
     "smoke": arms.SMOKE,
 }
@@ -54,8 +54,7 @@ def verdict(numbers: dict[str, list[float]]) -> tuple[str, str]:
     """Judge under AutoAttack: over PGD clear of zero; over the best of the others without the weighing, too."""
     best = max(ARMS[1:-1], key=lambda arm: arms.mean(numbers, arm, arms.AUTO))
     over, weighing = arms.gain(numbers, "MART", "PGD"), arms.gain(numbers, "MART", best)
-    useful = arms.mean(numbers, "PGD", arms.AUTO) >= 50
-    return arms.word(useful and over[1] > 0, weighing[1] > 0), (
+    return arms.word(arms.learned(numbers) and over[1] > 0, weighing[1] > 0), (
         arms.told(numbers, ARMS, arms.CLEAN, arms.PGD, arms.AUTO)
         + f"; MART over PGD {arms.signed(over)} points under AutoAttack, over the best arm without the weighing "
         f"({best}) {arms.signed(weighing)}"

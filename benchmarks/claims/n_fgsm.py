@@ -49,8 +49,8 @@ def verdict(numbers: dict[str, list[float]]) -> tuple[str, str]:
     collapsed = {arm: sum(v < half for v in numbers[f"{arm}: {arms.AUTO}"]) for arm in ARMS if arm != "PGD"}
     gain = arms.gain(numbers, "N-FGSM", "FGSM")
     cost = {arm: arms.mean(numbers, arm, arms.COST) / arms.mean(numbers, "FGSM", arms.COST) for arm in ARMS}
-    level, seeds = half >= 25, len(numbers[f"PGD: {arms.AUTO}"])
-    main = level and collapsed["FGSM"] == seeds and gain[1] > 0
+    seeds = len(numbers[f"PGD: {arms.AUTO}"])
+    main = arms.learned(numbers) and collapsed["FGSM"] == seeds and gain[1] > 0
     return arms.word(main, collapsed["N-FGSM"] == 0, cost["N-FGSM"] <= 1.25), (
         arms.told(numbers, ARMS, arms.CLEAN, arms.AUTO)
         + f"; seeds of {seeds} that collapse: "
