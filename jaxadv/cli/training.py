@@ -55,6 +55,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "odenet_mnist": ("odenet_mnist", {}),
     "tisode_mnist": ("odenet_tis", train.recipes.TIS_OPTIONS),
+    "sodef_mnist": ("sodef", {}),
+    "lyanet_mnist": ("lyanet", {}),
+    "sonet_cifar10": ("sonet", {**_CIFAR10, "channels": 64}),
     "zerosnet_cifar10": ("zerosnet", {**_CIFAR10, "widths": (16, 32, 64)}),
 }
 """Recipe to its network and options: what is written beside the weights so that they can be loaded alone."""

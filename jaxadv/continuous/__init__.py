@@ -1,5 +1,7 @@
 """Networks of continuous depth, and those that are read as solvers: fields, solvers, their stability and defenses."""
 
+from jaxadv.continuous.defenses import lyanet as lyanet
+from jaxadv.continuous.defenses import sodef as sodef
 from jaxadv.continuous.latent import ESTIMATORS as ESTIMATORS
 from jaxadv.continuous.latent import PRIOR as PRIOR
 from jaxadv.continuous.latent import at_times as at_times

@@ -1,8 +1,8 @@
 """Stability as a defense of neural ODEs, in short forms, and the attack on what a solve costs.
 
-What lives here: the logarithmic norm and its bound, the regularizers of SODEF, the Lyapunov loss of LyaNet, the skew
-fields of SONet, and attacks that raise the number of adaptive steps. What does not: solvers (`solve.py`), and the
-evaluation that tells a defense from a masked gradient.
+What lives here: the logarithmic norm and its bound, the loss of SODEF, the Lyapunov loss of LyaNet, the skew fields of
+SONet, and attacks that raise the number of adaptive steps. What does not: solvers (`solve.py`), networks (`nets.py`),
+and the evaluation that tells a defense from a masked gradient.
 
 Fields are functions `(params, t, z) -> dz` of a batch whose rows do not depend on each other, as `ode_solve` takes
 them.
@@ -10,6 +10,7 @@ them.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax import lax
 
 from jaxadv import attacks, losses
 from jaxadv.continuous.solve import SolveCfg, ode_solve
-from jaxadv.core import Attack, Model, Threat, Trainable, check
+from jaxadv.core import Attack, Model, Objective, Threat, Trainable, check, robust
 from jaxadv.core.rows import flat
 from jaxadv.models import group_norm
 from jaxadv.models.adapt import Static
@@ -177,6 +178,35 @@ def sodef_penalty(
     return sum((weight * terms[name] for name, weight in weights.items() if weight), jnp.zeros_like(terms["steady"]))
 
 
+def _sodef(apply, params, state, batch, key, *, weights, bn):
+    (logits, seen), state = apply(params, state, batch["x"], bn=bn, key=key, taps=("block:in",))
+    penalty = sodef_penalty(sodef_field, params["block"]["field"], seen["block:in"], weights=dict(weights))
+    metrics = {"clean": robust(logits, batch["y"]).astype(jnp.float32), "unstable": penalty}
+    return losses.cross_entropy(logits, batch["y"]) + penalty, (state, metrics)
+
+
+def sodef(weights: dict[str, float] = SODEF_WEIGHTS, *, bn: str = "train") -> Objective:
+    """Return the loss of SODEF: cross-entropy, and `sodef_penalty` where each example enters the field.
+
+    Args:
+      weights: term to weight, see `sodef_terms`.
+      bn: mode of batch norm.
+
+    Returns:
+      The objective for the network `sodef`; metrics `clean` and `unstable`, the penalty.
+
+    Raises:
+      ValueError: on an unknown term.
+
+    References:
+      Kang et al. 2021, arXiv:2110.12976. They train in stages, on the frozen features of a robust network, and take
+      Jacobians of 16 rows of a batch; here all is trained at once, with those of all rows.
+    """
+    for name in weights:
+        check.choice("term", name, SODEF_WEIGHTS)
+    return partial(_sodef, weights=tuple(weights.items()), bn=bn)
+
+
 # -------------------------------------------------------------------------------------------------------------- LyaNet
 
 
@@ -253,6 +283,40 @@ def lyanet_loss(
         return lyapunov_violation(field(t, z, x), head, z, y, kappa=kappa)
 
     return jax.vmap(at)(lyapunov_points(k_point, points, features, classes, limit=limit)).mean(0)
+
+
+def _lyanet(apply, params, state, batch, key, *, points, kappa, limit, bn):
+    k_time, k_point = jax.random.split(key)
+    features, classes = params["linear"]["kernel"].shape
+    states = lyapunov_points(k_point, points, features, classes, limit=limit)
+    asked = states, batch["y"], kappa, jax.random.uniform(k_time)
+    settings = {"bn": bn, "key": key, "taps": ("lyapunov",), "hints": {"lyapunov": asked}}
+    (_, seen), state = apply(params, state, batch["x"], **settings)
+    return seen["lyapunov"], (state, {"violation": seen["lyapunov"]})
+
+
+def lyanet(*, points: int = 512, kappa: float = 10.0, limit: float = 15.0, bn: str = "train") -> Objective:
+    """Return the Lyapunov loss as an objective, see `lyanet_loss`; training solves nothing.
+
+    Args:
+      points: states for each example, the same for all.
+      kappa: the rate at which the cross-entropy is to fall.
+      limit: see `lyapunov_points`.
+      bn: mode of batch norm.
+
+    Returns:
+      The objective for the network `lyanet`; metric `violation`.
+
+    Raises:
+      ValueError: if a setting is not positive.
+
+    References:
+      Rodriguez, Ames and Yue 2022, LyaNet: a Lyapunov framework for training neural ODEs, arXiv:2202.02526.
+    """
+    check.whole("points", points)
+    check.positive("kappa", kappa, "As published: 10.")
+    check.positive("limit", limit, "As published: 15.")
+    return partial(_lyanet, points=points, kappa=kappa, limit=limit, bn=bn)
 
 
 # --------------------------------------------------------------------------------------------------------------- SONet

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxadv.continuous import defenses
 from jaxadv.continuous.solve import SolveCfg, ode_solve
 from jaxadv.core import Trainable, check
 from jaxadv.models import GroupNorm
@@ -77,6 +78,19 @@ class Field(nnx.Module):
         for conv, norm in zip((self.conv1, self.conv2), self.norms):
             z = seen(conv, jax.nn.relu(norm(z)))
         return self.norms[-1](z)
+
+
+class Hinted(Layer):
+    """Returns the hint of a name, or None."""
+
+    def __call__(self, name):
+        """Return what the call was told under `name`."""
+        return self.call.hints.get(name)
+
+
+def _solver(cfg: Any) -> SolveCfg:
+    """The configuration, or that of its settings."""
+    return cfg if isinstance(cfg, SolveCfg) else SolveCfg(**dict(cfg or {}))
 
 
 def _motion(graph, arrays, t, z):
@@ -226,7 +240,7 @@ class ODENet(Net):
         same: dict[str, Any] = {"groups": groups, "init": init, "rngs": rngs}
         self.stem = Stem(shape, channels, stem, normed=stem - 1 if first else stem, **same)
         field = Field(channels, first=first, time=time, **same)
-        self.block = ODEBlock(field, cfg if isinstance(cfg, SolveCfg) else SolveCfg(**dict(cfg or {})))
+        self.block = ODEBlock(field, _solver(cfg))
         self.norm = GroupNorm(channels, groups=groups) if first else None
         self.linear = dense(channels, classes, init=init, rngs=rngs)
 
@@ -301,6 +315,223 @@ class ODENetTis(ODENet):
         super().__init__(shape, classes, mean, std, cfg=cfg, first=False, **settings)
 
 
+class SodefField(nnx.Module):
+    """The field `sin(-(W z + b))`, see `defenses.sodef_field`.
+
+    Args:
+      features: of the state.
+      rngs: randomness of the weights.
+    """
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        uniform = partial(jax.random.uniform, minval=-(features**-0.5), maxval=features**-0.5)
+        self.w = nnx.Param(uniform(rngs.params(), (features, features)))
+        self.b = nnx.Param(uniform(rngs.params(), (features,)))
+
+    def __call__(self, t, z):
+        """Return the motion of `z` `[b, n]`."""
+        return defenses.sodef_field({"w": self.w[...], "b": self.b[...]}, t, z)
+
+
+class SODEF(Net):
+    """Convolutions, an orthogonal layer to a vector, a stable field on it, a linear layer.
+
+    The published network puts field and layers on a frozen robust backbone; here the convolutions stand in its place.
+    Trained by `defenses.sodef`.
+
+    Args:
+      shape: (height, width, channels).
+      classes: number of classes.
+      mean: see `models.NETS`.
+      std: see `models.NETS`.
+      channels: of the feature maps.
+      features: of the vector that is solved.
+      stem: see `ODENet`.
+      cfg: settings of `SolveCfg`; default Dormand-Prince to t=5 at tolerances of 1e-3, as published.
+      groups: of the norms, at most.
+      init: see `ODENet`.
+      rngs: randomness of the weights.
+
+    References:
+      Kang et al. 2021, Stable neural ODE with Lyapunov-stable equilibrium points for defending against adversarial
+      attacks, arXiv:2110.12976; code kangqiyu/SODEF.
+    """
+
+    def __init__(
+        self, shape, classes, mean=None, std=None, *, channels: int = 64, features: int = 64, stem: int = 3,
+        cfg: Mapping | SolveCfg | None = None, groups: int = 32, init: str = "torch", rngs: nnx.Rngs,
+    ):  # fmt: skip
+        super().__init__(shape, classes, mean, std)
+        check.whole("features", features)
+        self.stem = Stem(shape, channels, stem, normed=stem, groups=groups, init=init, rngs=rngs)
+        self.before = nnx.Linear(channels, features, kernel_init=nnx.initializers.orthogonal(), rngs=rngs)
+        cfg = {"t1": 5.0} if cfg is None else cfg
+        self.block = ODEBlock(SodefField(features, rngs=rngs), _solver(cfg))
+        self.linear = dense(features, classes, init=init, rngs=rngs)
+
+    def forward(self, x):
+        """Return logits from the normalized input."""
+        return self.linear(self.block(self.before(self.stem(x).mean((1, 2)))))
+
+
+class SteeredField(nnx.Module):
+    """A perceptron as the field of a state that is steered by features, which stand beside it and rest.
+
+    Args:
+      features: of the state, and of what steers it.
+      width: of the hidden layer.
+      init: of the weights.
+      rngs: randomness of the weights.
+    """
+
+    def __init__(self, features: int, width: int, *, init: str, rngs: nnx.Rngs):
+        self.hidden = dense(2 * features + 1, width, init=init, rngs=rngs)
+        self.out = dense(width, features, init=init, rngs=rngs)
+
+    def __call__(self, t, z):
+        """Return the motion of `z` `[b, 2 n]`, zero in its second half."""
+        clock = jnp.broadcast_to(jnp.asarray(t, z.dtype), (len(z), 1))
+        motion = self.out(jax.nn.tanh(self.hidden(jnp.concatenate([z, clock], -1))))
+        return jnp.concatenate([motion, jnp.zeros_like(motion)], -1)
+
+
+class LyaNet(Net):
+    """Convolutions whose features steer a field; the state starts at zero and is read by a linear layer.
+
+    Trained by `defenses.lyanet`, without any solve. The hint `lyapunov` `(states [m, n], y, kappa, t)` is answered at
+    the tap `lyapunov` by the mean violation of each row (`defenses.lyapunov_violation`), and the state is not solved.
+
+    Args:
+      shape: (height, width, channels).
+      classes: number of classes.
+      mean: see `models.NETS`.
+      std: see `models.NETS`.
+      channels: of the feature maps.
+      features: of the state.
+      width: of the field's hidden layer.
+      stem: see `ODENet`.
+      cfg: settings of `SolveCfg`; default Dormand-Prince at tolerances of 1e-3.
+      groups: of the norms, at most.
+      init: see `ODENet`.
+      rngs: randomness of the weights.
+
+    References:
+      Rodriguez, Ames and Yue 2022, LyaNet, arXiv:2202.02526; code ivandariojr/LyapunovLearning. The networks here are
+      smaller.
+    """
+
+    def __init__(
+        self, shape, classes, mean=None, std=None, *, channels: int = 64, features: int = 32, width: int = 128,
+        stem: int = 3, cfg: Mapping | SolveCfg | None = None, groups: int = 32, init: str = "torch", rngs: nnx.Rngs,
+    ):  # fmt: skip
+        super().__init__(shape, classes, mean, std)
+        self.stem = Stem(shape, channels, stem, normed=stem, groups=groups, init=init, rngs=rngs)
+        self.steer = dense(channels, features, init=init, rngs=rngs)
+        self.block = ODEBlock(SteeredField(features, width, init=init, rngs=rngs), _solver(cfg))
+        self.linear = dense(features, classes, init=init, rngs=rngs)
+        self.lyapunov = Told()
+        self.told = Hinted()
+
+    def forward(self, x):
+        """Return logits from the normalized input."""
+        steer = self.steer(self.stem(x).mean((1, 2)))
+        asked = self.told("lyapunov")
+        if asked is None:
+            return self.linear(self.block(jnp.concatenate([jnp.zeros_like(steer), steer], -1))[:, : steer.shape[1]])
+        states, y, kappa, t = asked
+
+        def at(state):
+            z = jnp.broadcast_to(state, steer.shape)
+            motion = self.block.field(t, jnp.concatenate([z, steer], -1))[:, : z.shape[1]]
+            return defenses.lyapunov_violation(motion, self.linear, z, y, kappa=kappa)
+
+        self.lyapunov(jax.vmap(at)(states).mean(0))
+        return self.linear(jnp.zeros_like(steer))
+
+
+class SkewField(nnx.Module):
+    """The field of a SONet block, see `defenses.sonet_field`.
+
+    Args:
+      channels: of the feature maps, a multiple of 8.
+      rngs: randomness of the weights.
+    """
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        made = defenses.sonet_init(rngs.params(), channels)
+        self.kernel, self.scale, self.bias = (nnx.Param(made[name]) for name in ("kernel", "scale", "bias"))
+
+    def __call__(self, t, u):
+        """Return the motion of `u` `[b, 2 h, w, c]`."""
+        params = {"kernel": self.kernel[...], "scale": self.scale[...], "bias": self.bias[...]}
+        return defenses.sonet_field(params, t, u)
+
+
+class SkewHead(nnx.Module):
+    """The field of SONet's last layer, see `defenses.sonet_head_field`.
+
+    Args:
+      features: number of features.
+      classes: number of classes.
+      rngs: randomness of the weights.
+    """
+
+    def __init__(self, features: int, classes: int, *, rngs: nnx.Rngs):
+        uniform = partial(jax.random.uniform, minval=-(features**-0.5), maxval=features**-0.5)
+        self.w, self.b = (
+            nnx.Param(uniform(rngs.params(), (features, classes))),
+            nnx.Param(jnp.zeros(features + classes)),
+        )
+
+    def __call__(self, t, s):
+        """Return the motion of `s` `[b, n + k]`."""
+        return defenses.sonet_head_field({"w": self.w[...], "b": self.b[...]}, t, s)
+
+
+class SONet(Net):
+    """Convolutions, a skew block on doubled feature maps (`block`), and a skew last layer (`last`), both solved.
+
+    Args:
+      shape: (height, width, channels).
+      classes: number of classes.
+      mean: see `models.NETS`.
+      std: see `models.NETS`.
+      channels: of all feature maps, a multiple of 8.
+      stem: see `ODENet`.
+      cfg: settings of `SolveCfg`; default Dormand-Prince at tolerances of 0.1, as published, but row by row.
+      groups: of the norms of the convolutions, at most.
+      init: see `ODENet`.
+      rngs: randomness of the weights.
+
+    Raises:
+      ValueError: if the channels cannot be normed in 8 groups.
+
+    References:
+      Huang et al. 2020, Adversarial robustness of stabilized neural ODEs might be from obfuscated gradients,
+      arXiv:2009.13145; code yao-lab/SONet, whose networks begin with residual stages.
+    """
+
+    def __init__(
+        self, shape, classes, mean=None, std=None, *, channels: int = 64, stem: int = 2,
+        cfg: Mapping | SolveCfg | None = None, groups: int = 32, init: str = "torch", rngs: nnx.Rngs,
+    ):  # fmt: skip
+        super().__init__(shape, classes, mean, std)
+        if channels % 8:
+            raise ValueError(f"channels of a SONet must be a multiple of 8, its groups; got {channels}. Use 64.")
+        self.stem = Stem(shape, channels, stem, normed=stem, groups=groups, init=init, rngs=rngs)
+        solver = _solver({"rtol": 0.1, "atol": 0.1} if cfg is None else cfg)
+        self.block = ODEBlock(SkewField(channels, rngs=rngs), solver)
+        self.last = ODEBlock(SkewHead(channels, classes, rngs=rngs), solver)
+
+    def forward(self, x):
+        """Return logits from the normalized input."""
+        x = self.stem(x)
+        x = self.block(jnp.concatenate([x, x], axis=1))[:, : x.shape[1]]
+        features = x.mean((1, 2))
+        start = jnp.full((len(x), self.classes), 0.1, features.dtype)
+        return self.last(jnp.concatenate([features, start], -1))[:, features.shape[1] :]
+
+
 class TimeEncoder(Net):
     """The convolutions of `odenet_mnist` with two outputs: the parameters of the time of an example, for ALT-NODE.
 
@@ -335,7 +566,13 @@ class TimeEncoder(Net):
         return self.linear(jax.nn.relu(self.norm(self.stem(x))).mean((1, 2)))
 
 
-NETS: dict[str, type[Net]] = {"odenet_mnist": ODENetMNIST, "odenet_tis": ODENetTis}
+NETS: dict[str, type[Net]] = {
+    "odenet_mnist": ODENetMNIST,
+    "odenet_tis": ODENetTis,
+    "sodef": SODEF,
+    "lyanet": LyaNet,
+    "sonet": SONet,
+}
 """Name of a network of continuous depth to its class; `models.save` and `models.load` take it as `nets=`."""
 
 

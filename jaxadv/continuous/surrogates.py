@@ -26,10 +26,14 @@ Partial = jax.tree_util.Partial
 
 
 def _run_net(apply, variables, x, cfg):
-    """Logits and statistics of a network with an `ODEBlock` named `block`."""
+    """Logits, and statistics of all solves, of a network with an `ODEBlock` named `block` and perhaps others."""
     told = {} if cfg is None else {"hints": {"solve": cfg}}
-    (logits, seen), _ = apply(*variables, x, bn="eval", taps=("block.stats", "block.solver"), **told)
-    return logits, seen["block.stats"], seen["block.solver"]
+    (logits, seen), _ = apply(*variables, x, bn="eval", taps=("*.stats", "block.solver"), **told)
+    solver = seen.pop("block.solver")
+    first, *more = seen.values()
+    for other in more:
+        first = SolveStats(*(a + b for a, b in zip(first[:-1], other[:-1])), ok=first.ok & other.ok)
+    return logits, first, solver
 
 
 def _logits(run, cfg, variables, x):

@@ -12,10 +12,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
-from jaxadv import attacks, continuous
+from jaxadv import attacks
 from jaxadv.core import Threat, check
 from jaxadv.train import augment, objectives, schedules
 from jaxadv.train.assembly import CIFAR10_MEAN as CIFAR10_MEAN
@@ -24,6 +23,15 @@ from jaxadv.train.assembly import assemble, judge, linf, network, passes, torch_
 from jaxadv.train.assembly import hold_out as hold_out
 from jaxadv.train.driver import Collapse
 from jaxadv.train.imagenet_recipes import pgd_imagenet
+from jaxadv.train.ode_recipes import TIS_OPTIONS as TIS_OPTIONS
+from jaxadv.train.ode_recipes import (
+    lyanet_mnist,
+    odenet_mnist,
+    sodef_mnist,
+    sonet_cifar10,
+    tisode_mnist,
+    zerosnet_cifar10,
+)
 from jaxadv.train.private_recipes import dp_cifar10_wrn16_4, dp_mnist
 from jaxadv.train.trades_recipes import trades_cifar10_wrn28_10
 
@@ -476,167 +484,6 @@ def pgd_cifar10(
     )
 
 
-# ----------------------------------------------------------------------------------------------------- continuous depth
-
-
-def _ode(data, name, options, threat, *, seed, validation, epochs, optimizer, objective, overrides) -> dict[str, Any]:
-    """What the recipes of continuous depth share: a network of that room, batch 128, a short attack for validation."""
-
-    def trainable(data):
-        return continuous.create(name, jax.random.key(seed), shape=data.shape, classes=data.classes, **options)
-
-    return assemble(
-        data,
-        validation,
-        overrides,
-        steps=passes(epochs),
-        trainable=trainable,
-        objective=objective,
-        optimizer=optimizer,
-        batch_size=128,
-        attack=judge(threat, 10),
-    )
-
-
-TIS_OPTIONS: dict[str, Any] = {"time": False, "cfg": {"method": "euler", "mode": "fixed", "n_steps": 20}}
-"""Options of the network of `tisode_mnist`: a field without time, and Euler steps of 0.05."""
-
-
-def odenet_mnist(
-    data, *, seed: int = 0, eps=None, epochs: float = 160, lr: float = 0.1, validation=None, **overrides
-) -> dict[str, Any]:
-    """Standard training of the ODE network of torchdiffeq's MNIST example.
-
-    As published: Dormand-Prince at tolerances of 1e-3 with gradients through the solver, SGD with momentum 0.9 at 0.1
-    for batch 128, a tenth of the rate after 60, 100 and 140 of 160 epochs, random crops of images padded by 4. Ours: a
-    batch is solved by rows, so that no example depends on the others.
-
-    Args:
-      data: training source.
-      seed: of the initial weights.
-      eps: budget of the attack that validation reports; default 0.3.
-      epochs: passes over the training data.
-      lr: first learning rate.
-      validation: see `standard_mnist`.
-      **overrides: any argument of `fit`.
-
-    Returns:
-      The arguments of `fit`.
-
-    References:
-      Chen et al. 2018, Neural ordinary differential equations, arXiv:1806.07366; code rtqichen/torchdiffeq,
-      examples/odenet_mnist.py.
-    """
-    drops = ((60 / 160, 0.1), (100 / 160, 0.1), (140 / 160, 0.1))
-    made = _ode(
-        data,
-        "odenet_mnist",
-        {},
-        linf(eps, 0.3, data),
-        seed=seed,
-        validation=validation,
-        epochs=epochs,
-        optimizer=lambda steps: torch_sgd(schedules.piecewise(lr, steps, drops=drops), 0.0),
-        objective=lambda _: objectives.standard(),
-        overrides=overrides,
-    )
-    return {"augment": augment.crop(4)} | made
-
-
-def tisode_mnist(
-    data, *, seed: int = 0, eps=None, weight: float = 0.01, window: tuple[float, float] = (1.0, 1.5),
-    epochs: float = 100, lr: float = 1e-3, validation=None, **overrides,
-) -> dict[str, Any]:  # fmt: skip
-    """Standard training of TisODE: a field without time, and a penalty on motion after the answer.
-
-    As published: Euler steps of 0.05, Adam at 1e-3 with coupled decay 5e-4, a fifth of the rate after 30, 60 and 90 of
-    100 epochs, batch 128, the penalty from the fifth epoch on. Ours: the window begins at the time of the answer (their
-    code: 0.75), and images are not made noisy.
-
-    Args:
-      data: training source.
-      seed: of the initial weights.
-      eps: budget of the attack that validation reports; default 0.3.
-      weight: of the motion.
-      window: times between which motion counts.
-      epochs: passes over the training data.
-      lr: first learning rate.
-      validation: see `standard_mnist`.
-      **overrides: any argument of `fit`.
-
-    Returns:
-      The arguments of `fit`.
-
-    References:
-      Yan et al. 2020, On robustness of neural ordinary differential equations, arXiv:1910.05513; code HanshuYAN/TisODE.
-    """
-    drops = ((0.3, 0.2), (0.6, 0.2), (0.9, 0.2))
-
-    def optimizer(steps):
-        rate = schedules.piecewise(lr, steps, drops=drops)
-        return optax.chain(optax.add_decayed_weights(5e-4), optax.adam(rate))
-
-    return _ode(
-        data,
-        "odenet_tis",
-        TIS_OPTIONS,
-        linf(eps, 0.3, data),
-        seed=seed,
-        validation=validation,
-        epochs=epochs,
-        optimizer=optimizer,
-        objective=lambda steps: continuous.tisode(weight, window=window, after=round(0.04 * steps)),
-        overrides=overrides,
-    )
-
-
-def zerosnet_cifar10(
-    data, *, seed: int = 0, eps=None, coefficients="opt", epochs: float = 160, lr: float = 0.1, width: int = 16,
-    validation=None, **overrides,
-) -> dict[str, Any]:  # fmt: skip
-    """Standard training of ZeroSNet-20 on CIFAR-10.
-
-    As published: batch 128, SGD with momentum 0.9 and coupled decay 5e-4, learning rate 0.1 divided by 10 at one half
-    and three quarters of 160 epochs, crop and flip. The authors judge under noise alone; ours reports PGD too.
-
-    Args:
-      data: training source.
-      seed: of the initial weights.
-      eps: budget of the attack that validation reports; default 8/255.
-      coefficients: of the blocks, see `continuous.ZeroSNet`.
-      epochs: passes over the training data.
-      lr: first learning rate.
-      width: channels of the first stage; the others have 2 and 4 times as many.
-      validation: see `standard_mnist`.
-      **overrides: any argument of `fit`.
-
-    Returns:
-      The arguments of `fit`.
-
-    References:
-      Chen, Jin and Shang 2022, Zero stability well predicts performance of convolutional neural networks,
-      arXiv:2206.13100; code LongJin-lab/ZeroSNet, where the flag for the decay has no effect.
-    """
-    options = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD, "widths": (width, 2 * width, 4 * width)}
-
-    def trainable(data):
-        made = {"shape": data.shape, "classes": data.classes, "coefficients": coefficients, **options}
-        return continuous.zerosnet(jax.random.key(seed), **made)
-
-    return assemble(
-        data,
-        validation,
-        overrides,
-        steps=passes(epochs),
-        trainable=trainable,
-        objective=lambda _: objectives.standard(),
-        optimizer=lambda steps: torch_sgd(schedules.piecewise(lr, steps), 5e-4),
-        batch_size=128,
-        attack=judge(linf(eps, 8 / 255, data), 10),
-        augment=augment.chain(augment.crop(4), augment.flip()),
-    )
-
-
 RECIPES: dict[str, Callable[..., dict[str, Any]]] = {
     "standard_mnist": standard_mnist,
     "fast_mnist": fast_mnist,
@@ -650,6 +497,9 @@ RECIPES: dict[str, Callable[..., dict[str, Any]]] = {
     "pgd_imagenet": pgd_imagenet,
     "odenet_mnist": odenet_mnist,
     "tisode_mnist": tisode_mnist,
+    "sodef_mnist": sodef_mnist,
+    "lyanet_mnist": lyanet_mnist,
+    "sonet_cifar10": sonet_cifar10,
     "zerosnet_cifar10": zerosnet_cifar10,
     "dp_mnist": dp_mnist,
     "dp_cifar10_wrn16_4": dp_cifar10_wrn16_4,

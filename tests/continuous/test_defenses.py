@@ -7,8 +7,10 @@ import pytest
 import scipy.linalg
 
 import jaxadv as ja
+from jaxadv import continuous
 from jaxadv.continuous import SolveCfg, SolveStats
 from jaxadv.continuous import defenses as de
+from jaxadv.continuous import nets as made
 
 RK4 = SolveCfg("rk4", "fixed", n_steps=20, t1=1.5)
 
@@ -219,3 +221,131 @@ def test_steps_of_a_network_as_a_model():
     costs = model(jnp.ones((3, 2)))
     np.testing.assert_array_equal(costs, [[7, 0], [8, 0], [9, 0]])
     np.testing.assert_array_equal(ja.margin(costs, jnp.ones(3, int)), [-7, -8, -9])
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.fixture(scope="module")
+def nets():
+    """The three networks on 4x4 images, two Euler steps: logits, taps, losses and their gradients; one program."""
+    key, cfg = jax.random.key(0), {"method": "euler", "mode": "fixed", "n_steps": 2}
+    shared = {"shape": (4, 4, 1), "classes": 3, "stem": 1, "cfg": cfg}
+    made = {
+        "sodef": continuous.create("sodef", key, channels=3, features=5, **shared),
+        "lyanet": continuous.create("lyanet", key, channels=3, features=4, width=6, **shared),
+        "sonet": continuous.create("sonet", key, channels=8, **shared),
+    }
+    x, y = jax.random.uniform(key, (2, 4, 4, 1)), jnp.array([0, 2])
+    losses = {"sodef": continuous.sodef({"steady": 0.1, "diagonal": 2.0}), "lyanet": continuous.lyanet(points=7)}
+
+    def given(name):
+        return made[name], {"x": x, "y": y}
+
+    @jax.jit
+    def run(params):
+        out: dict = {}
+        for name, tap in (("sodef", "block:in"), ("lyanet", "steer"), ("sonet", "stem")):
+            out[name] = made[name].apply(params[name], {}, x, taps=(tap, "block"))[0]
+        for name, loss in losses.items():
+            net, batch = given(name)
+
+            def total(p, net=net, batch=batch, loss=loss):
+                values, (_, metrics) = loss(net.apply, p, net.state, batch, key)
+                return values.sum(), (values, metrics)
+
+            out[f"{name} loss"] = jax.grad(total, has_aux=True)(params[name])
+        out["solved"] = continuous.solved(continuous.ode_model(made["sonet"]), x)
+        return out
+
+    params = {name: net.params for name, net in made.items()}
+    return jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, run(params)), np.asarray(y)
+
+
+def linear(layer, z):
+    return z @ layer["kernel"] + layer["bias"]
+
+
+def cross_entropy(z, y):
+    return np.log(np.exp(z).sum(-1)) - z[np.arange(len(z)), y]
+
+
+@pytest.mark.slow
+def test_the_network_of_sodef_and_its_loss_by_hand(nets):
+    params, out, y = nets
+    (logits, seen), p = out["sodef"], params["sodef"]
+    start = z = seen["block:in"]
+    w, b = p["block"]["field"]["w"], p["block"]["field"]["b"]
+    for _ in range(2):
+        z = z + np.sin(-(z @ w.T + b)) / 2
+    np.testing.assert_allclose(logits, linear(p["linear"], z), atol=1e-5)
+    np.testing.assert_allclose(p["before"]["kernel"] @ p["before"]["kernel"].T, np.eye(3), atol=1e-5)
+    slopes, (values, metrics) = out["sodef loss"]
+    inside = start @ w.T + b
+    diagonal = -np.cos(inside) * np.diag(w)
+    penalty = 0.1 * np.square(50 * np.sin(inside)).mean(-1) + 2 * np.exp(diagonal + 1).mean(-1)
+    np.testing.assert_allclose(metrics["unstable"], penalty, rtol=1e-4)
+    np.testing.assert_allclose(values, cross_entropy(logits, y) + penalty, rtol=1e-4)
+    assert (
+        all(np.isfinite(v).all() for v in jax.tree.leaves(slopes)) and np.abs(slopes["block"]["field"]["w"]).max() > 0
+    )
+
+
+@pytest.mark.slow
+def test_the_network_of_lyanet_and_its_loss_without_a_solve(nets):
+    params, out, y = nets
+    (logits, seen), p = out["lyanet"], params["lyanet"]
+    steer, hidden, last = seen["steer"], p["block"]["field"]["hidden"], p["block"]["field"]["out"]
+
+    def field(t, z):
+        return linear(last, np.tanh(linear(hidden, np.concatenate([z, steer, np.full((2, 1), t)], 1))))
+
+    z = np.zeros_like(steer)
+    for t in (0.0, 0.5):
+        z = z + field(t, z) / 2
+    np.testing.assert_allclose(logits, linear(p["linear"], z), atol=1e-5)
+    k_time, k_point = jax.random.split(jax.random.key(0))
+    t, want = float(jax.random.uniform(k_time)), np.zeros(2)
+    for point in np.asarray(de.lyapunov_points(k_point, 7, 4, 3)):
+        at = np.tile(point, (2, 1))
+        logs = linear(p["linear"], at).astype(float)
+        prob = np.exp(logs - logs.max(1, keepdims=True))
+        pull = (prob / prob.sum(1, keepdims=True) - np.eye(3)[y]) @ p["linear"]["kernel"].T
+        value = np.log(prob.sum(1)) + logs.max(1) - logs[np.arange(2), y]
+        want += np.maximum((pull * field(t, at)).sum(1) + 10 * value, 0) / 7
+    slopes, (values, metrics) = out["lyanet loss"]
+    np.testing.assert_allclose(values, want, rtol=1e-4)
+    np.testing.assert_allclose(metrics["violation"], values)
+    assert (
+        all(np.isfinite(v).all() for v in jax.tree.leaves(slopes))
+        and np.abs(slopes["stem"]["convs"]["0"]["kernel"]).max() > 0
+    )
+
+
+@pytest.mark.slow
+def test_the_network_of_sonet_is_its_parts(nets):
+    params, out, _ = nets
+    (logits, seen), p = out["sonet"], params["sonet"]
+    euler = SolveCfg("euler", "fixed", n_steps=2)
+    top = np.asarray(jax.jit(lambda p, x: de.sonet_block(p, x, euler))(p["block"]["field"], seen["stem"]))
+    np.testing.assert_allclose(seen["block"][:, : top.shape[1]], top, atol=1e-5)
+    s = np.concatenate([top.mean((1, 2)), np.full((2, 3), 0.1)], 1)
+    w, b, act = p["last"]["field"]["w"], p["last"]["field"]["b"], lambda v: np.where(v > 0, v, 0.01 * v)
+    for _ in range(2):
+        s = s + (np.concatenate([act(s[:, 8:]) @ w.T, -act(s[:, :8]) @ w], 1) + b) / 2
+    np.testing.assert_allclose(logits, s[:, 8:], atol=1e-5)
+    told, stats = out["solved"]
+    np.testing.assert_allclose(told, logits, atol=1e-6)
+    assert stats.num_steps.tolist() == [4, 4] and stats.ok.all()  # both solves
+
+
+def test_what_the_networks_and_losses_refuse(key):
+    with pytest.raises(ValueError, match="multiple of 8"):
+        continuous.create("sonet", key, shape=(4, 4, 1), classes=3, stem=1, channels=4)
+    with pytest.raises(ValueError, match="unknown term 'calm'"):
+        continuous.sodef({"calm": 1.0})
+    with pytest.raises(ValueError, match="kappa must be"):
+        continuous.lyanet(kappa=0.0)
+    assert issubclass(made.SODEF, made.Net) and {"sodef", "lyanet", "sonet"} < set(continuous.NETS)
+    assert made.LyaNet and made.SONet and made.SodefField and made.SteeredField and made.SkewField
+    assert made.SkewHead and made.Hinted
