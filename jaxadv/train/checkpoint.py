@@ -5,11 +5,12 @@ that say what is lost and what is not. What does not: what a training state is (
 (`driver.py`).
 
 A checkpoint counts as soon as orbax has committed it; a write that was cut off is never seen again. Arrays are stored
-by their path in the nest with one checksum over all, so that damaged files are refused instead of trained on (arrays
-that no process holds whole have none). Several processes write and read together; what is read lies as the pattern
-does, so another number of devices or processes may go on.
+by their path in the nest with one checksum over all, so that damaged files are refused instead of trained on; where no
+process holds an array whole, it is a sum to which every process adds its shares. Several processes write and read
+together; what is read lies as the pattern does, so another number of devices or processes may go on.
 """
 
+import functools
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from jaxadv import parallel
 from jaxadv.core import PyTree
 
 _KEPT = 2
+_AT_ONCE = 2**20
+_OTHER = "its values do not match their checksum"
 
 
 class CheckpointError(RuntimeError):
@@ -73,6 +76,49 @@ def checksum(arrays: Mapping[str, Any]) -> str | None:
     return f"{total:08x}"
 
 
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """Spread the bits of unsigned 64-bit words, so that sums of them notice what sums of neighbors would not."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def shares(arrays: Mapping[str, Any]) -> int:
+    """Return what this process adds to a checksum that does not depend on how arrays are split.
+
+    Every element counts once, with its name and place: over all processes the sum is the same for any number of
+    devices and processes.
+
+    Args:
+      arrays: name to array.
+
+    Returns:
+      A whole number below 2^64; the checksum is the sum over the processes, modulo 2^64.
+
+    References:
+      The mixing function is that of Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators,
+      doi:10.1145/2660193.2660195, with the constants of variant 13 of Stafford.
+    """
+    total = 0
+    for name, value in arrays.items():
+        seed = np.uint64(zlib.crc32(name.encode()) << 32)
+        shape = value.shape or (1,)
+        strides = np.cumprod([1, *shape[:0:-1]], dtype=np.uint64)[::-1]
+        for shard in value.addressable_shards:
+            if shard.replica_id:
+                continue
+            parts = [part.indices(size) for part, size in zip(shard.index or [slice(None)], shape)]
+            first, *others = (np.arange(*part, dtype=np.uint64) * stride for part, stride in zip(parts, strides))
+            within = functools.reduce(np.add.outer, others, np.zeros((), np.uint64))
+            data = np.asarray(shard.data).reshape(len(first), *within.shape)
+            rows = max(1, _AT_ONCE // max(1, within.size))
+            for i in range(0, len(first), rows):
+                words = data[i : i + rows].view(f"u{data.dtype.itemsize}").astype(np.uint64)
+                place = np.add.outer(first[i : i + rows] + seed, within)
+                total += int(np.sum(_mixed(_mixed(place) + words), dtype=np.uint64))
+    return total % 2**64
+
+
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
@@ -118,6 +164,8 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             arrays = flatten(tree)
             meta = {"facts": dict(facts), "checksum": checksum(arrays), "arrays": sorted(arrays)}
+            if meta["checksum"] is None:
+                meta["shares"] = _everyone(shares(arrays))
             args = self._ocp.args
             composite = args.Composite(state=args.StandardSave(arrays), meta=args.JsonSave(meta))
             self._guard(step, lambda: self._manager.save(step, args=composite, force=True))
@@ -186,12 +234,18 @@ class Checkpoints:
                 "Resume from one of these."
             )
         like = {name: _abstract(a) for name, a in flatten(tree).items()}
-        found, meta, wrong = None, None, None
+        found: Any = None
+        meta: Any = None
+        wrong = None
         try:
             found, meta = self._read(step, like)
         except Exception as error:  # orbax and tensorstore raise many kinds
             wrong = error
-        if not parallel.agree(wrong is None):
+        read = parallel.agree(wrong is None)
+        split = meta.get("shares") if read else None
+        if split is not None and split != _everyone(shares(found)):
+            read, wrong = False, ValueError(_OTHER)
+        if not read:
             good = [s for s in known if s < step]
             advice = (
                 f"resume from the one before with resume={good[-1]}"
@@ -203,8 +257,7 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.folder} must be whole; reading it failed: {words}. "
                 f"Other checkpoints: {good or 'none'}; {advice}."
             ) from wrong
-        facts: Any = meta
-        return _unflatten(tree, found or {}), facts["facts"]
+        return _unflatten(tree, found or {}), meta["facts"]
 
     def _read(self, step: int, like: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         args = self._ocp.args
@@ -213,7 +266,7 @@ class Checkpoints:
             raise ValueError(f"it holds other arrays: {_odd(meta['arrays'], like)}")
         found = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(like)))["state"]
         if meta["checksum"] is not None and checksum(found) not in (None, meta["checksum"]):
-            raise ValueError("its values do not match their checksum")
+            raise ValueError(_OTHER)
         return found, meta
 
     def close(self) -> None:
@@ -226,6 +279,12 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+
+def _everyone(mine: int) -> str:
+    """Add up what all processes found. Every process must call it."""
+    total = sum(int.from_bytes(part, "little") for part in parallel.exchange(mine.to_bytes(8, "little")))
+    return f"{total % 2**64:016x}"
 
 
 def _abstract(a: Any) -> jax.ShapeDtypeStruct:

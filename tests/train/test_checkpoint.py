@@ -238,6 +238,40 @@ def test_values_that_do_not_match_their_checksum_are_refused(kit, tmp_path, monk
     assert one != store.checksum(store.flatten({"b": jnp.ones(2), "a": jnp.zeros(2)}))
 
 
+def test_a_checksum_of_shares_does_not_depend_on_how_they_lie_but_on_every_value_and_place(monkeypatch):
+    monkeypatch.setattr(store, "_AT_ONCE", 13)
+    rng = np.random.default_rng(0)
+    kinds = (np.float32, np.int32, bool, jnp.bfloat16)
+    tree = {str(i): rng.normal(size=(8, 6)).astype(kind) for i, kind in enumerate(kinds)}
+    tree |= {"n": np.int32(3), "none": np.zeros((0, 2), np.float32)}
+    want = store.shares(jax.tree.map(jnp.asarray, tree))
+    for mesh in (parallel.make_mesh(2), parallel.make_mesh(8)):
+        placed = parallel.compile_step(train.make_step, mesh=mesh, layout=parallel.fsdp(least=2)).place(tree)
+        assert len({str(shard.index) for shard in placed["0"].addressable_shards}) == mesh.size
+        assert store.shares(placed) == want
+    one, first = tree["0"], tree["0"].copy()
+    first[2, 3] = np.nextafter(first[2, 3], 9)
+    swapped, added = one.copy(), one + 0.0
+    swapped[[1, 5]], added[0, :2] = swapped[[5, 1]], added[0, 1::-1]
+    for other in ({"0": first}, {"0": swapped}, {"0": added}, {"n": np.int32(4)}, {"1": tree["0"], "0": tree["1"]}):
+        assert store.shares(jax.tree.map(jnp.asarray, tree | other)) != want
+
+
+def test_shares_that_do_not_match_their_checksum_are_refused(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "checksum", lambda arrays: None)  # as where no process holds all
+    keeper, tree = train.Checkpoints(tmp_path), {"w": jnp.arange(4.0)}
+    keeper.save(1, tree, {})
+    keeper.wait()
+    assert "shares" in json.loads((tmp_path / "1" / "meta" / "metadata").read_text())
+    assert kit.same_bits(keeper.restore(tree, 1)[0], tree)
+    with monkeypatch.context() as patch:
+        read = keeper._read
+        patch.setattr(keeper, "_read", lambda *a: ({"['w']": jnp.asarray([0, 1, 2, 4.0])}, read(*a)[1]))
+        with pytest.raises(train.CheckpointError, match="do not match their checksum.*begin anew"):
+            keeper.restore(tree, 1)
+    keeper.close()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # orbax's writing thread
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
