@@ -124,6 +124,8 @@ def test_a_preempted_and_a_killed_process_and_another_number_of_devices_change_n
     assert 10 <= stopped < 200 and (folder / "run" / "checkpoints" / str(stopped)).is_dir()
 
     assert held(folder) == [0.5, 0.5, 1, 1]
+    facts = json.loads((folder / "run" / "checkpoints" / str(stopped) / "meta" / "metadata").read_text())
+    assert facts["checksum"] is None and int(facts["shares"], 16) > 0
     children = two(folder, 0.05, "--fsdp", "--resume")
     until_step(folder, stopped + 30, children)
     children[1].kill()
