@@ -242,8 +242,15 @@ def test_benchmarks_are_listed_and_run(tmp_path):
         claims.bench_run(tmp_path, "speed/toi")
 
 
-PARTS = 3
-"""Processes that the claims share: a process of its own for each would begin, import and compile as often."""
+def shares():
+    """Claims by the process that they share, because each begins, imports and compiles: kin, and the rest in two."""
+    kin, rest = {"odenet": ["odenet"], "arms": []}, [[], []]
+    for number, name in enumerate(name for name in framework.names() if name != "odenet"):
+        relative = next((word for word in kin if hasattr(framework.load(name), word)), None)
+        (rest[number % 2] if relative is None else kin[relative]).append(name)
+    return [*kin.values(), *rest]
+
+
 STEP = """
 import functools, sys
 from jax._src.interpreters import mlir
@@ -255,23 +262,8 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
-def test_each_claim_takes_one_step(part):
-    names = framework.names()[part::PARTS]
+@pytest.mark.claims
+@pytest.mark.parametrize("names", shares(), ids="+".join)
+def test_each_claim_takes_one_step(names):
     done = subprocess.run([sys.executable, "-c", STEP, *names], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = [line.split(" ... ") for line in done.stdout.splitlines() if " ... " in line]
-    assert [name for name, _ in told] == names and {verdict for _, verdict in told} <= set(framework.VERDICTS)
-
-
-def test_the_verdict_on_autoattack_can_go_either_way():
-    judge = framework.load("autoattack").verdict
-    numbers = {}
-    for net, (pgd, suite) in {"PGD-trained": (88.0, 85.0), "saturated": (97.0, 85.0), "collapsed": (3.0, 0.0)}.items():
-        numbers |= {f"{net}: PGD, robust %": [pgd], f"{net}: AutoAttack, robust %": [suite]}
-        numbers |= {f"{net}: {name} alone, robust %": [suite + 1] for name in ("apgd_ce", "square")}
-    word, why = judge(numbers)
-    assert word == "holds" and "saturated 85.0 % (PGD 97.0 %, best member 86.0 %)" in why
-    assert judge(numbers | {"saturated: AutoAttack, robust %": [90.0]})[0] == "does not hold here"
-    assert judge(numbers | {"saturated: PGD, robust %": [86.0]})[0] == "holds in part"
-    assert judge(numbers | {"collapsed: apgd_ce alone, robust %": [-1.0]})[0] == "does not hold here"
