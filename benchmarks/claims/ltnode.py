@@ -22,7 +22,8 @@ CLAIM = {
     "tier": "mnist",
     "seeds": (0, 1, 2),
     "minutes": 20,
-    "settings": odenet.CLAIM["settings"] | {"until": 3.0, "times": 5, "points": 8, "draws": 8},
+    "settings": odenet.CLAIM["settings"]
+    | {"epochs": 6, "test": 100, "until": 3.0, "times": 5, "points": 8, "draws": 8},
     "smoke": odenet.CLAIM["smoke"] | {"times": 1, "points": 2, "draws": 1},
 }
 ARMS = ("NODE", "LT-NODE", "ALT-NODE")

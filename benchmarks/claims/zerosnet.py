@@ -2,8 +2,8 @@
 
 MNIST, pre-activation residual networks of one size that differ in the four coefficients of their blocks alone: the best
 zero-stable ones, the residual network, stable ones with larger roots, and two that are not zero-stable. One optimizer,
-one schedule. Judged as in the paper, under noise and a shift of brightness, and by AutoAttack, which the paper leaves
-out.
+one schedule. Judged as in the paper, under noise and a shift of brightness, and by the four attacks of AutoAttack
+with fewer steps (protocol `fast`), which the paper leaves out.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ CLAIM = {
     "settings": {
         "data": "mnist",
         "train": 2_000,
-        "epochs": 10,
+        "epochs": 8,
         "rate": 5e-3,
         "blocks": (3, 3, 3),
         "widths": (8, 16, 32),
@@ -34,8 +34,8 @@ CLAIM = {
         "noise": 0.3,
         "eps": 0.05,
         "test": 2_000,
-        "attacked": 100,
-        "judge": "standard",
+        "attacked": 50,
+        "judge": "fast",
     },
     "smoke": {
         "data": "digits",
