@@ -45,8 +45,27 @@ def blocked(fn: Callable, *given: Any) -> Callable:
     return lambda: jax.block_until_ready(fn(*given))
 
 
-def network(args: argparse.Namespace, batch: int) -> dict[str, dict[str, Callable]]:
-    """Row to contenders, on `odenet_mnist`."""
+def evaluations(parity: Any, forward: Callable) -> int:
+    """How often the peer asks its field in a forward pass."""
+    plain, asked = parity.field, []
+
+    def counting(name, w):
+        inner = plain(name, w)
+
+        def field(t, z):
+            asked.append(t)
+            return inner(t, z)
+
+        return field
+
+    parity.field = counting
+    forward()
+    parity.field = plain
+    return len(asked)
+
+
+def network(args: argparse.Namespace, batch: int) -> tuple[dict[str, dict[str, Callable]], dict[str, int]]:
+    """Row to contenders, on `odenet_mnist`, and how often each asks its field in a forward pass."""
     import ode as parity  # the peer's network, written down for the parity fixture
     import torch
     from torch.nn import functional
@@ -61,24 +80,24 @@ def network(args: argparse.Namespace, batch: int) -> dict[str, dict[str, Callabl
         "odenet_mnist", jax.random.key(0), shape=(28, 28, 1), classes=10, channels=args.channels, cfg=cfg
     )
     params = unflatten({tuple(name.split(".")): jnp.asarray(value) for name, value in made.items()})
-    model, threat = continuous.ode_model(net._replace(params=params)), ja.linf(EPS)
+    model, threat, images = continuous.ode_model(net._replace(params=params)), ja.linf(EPS), jnp.asarray(x)
     attack = ja.pgd(threat, steps=20, start="zero", keep="last")
 
     def loss(params, x):
         return losses.cross_entropy(net.apply(params, net.state, x)[0], y).mean()
 
-    def update(params):
+    def update(params, x):
         return jax.tree.map(lambda p, g: p - 1e-3 * g, params, jax.grad(loss)(params, x))
 
     run: Callable = jax.jit(lambda model, x: attack.run(jax.random.key(0), model, x, jnp.asarray(y, jnp.int32)).x)
     ours = {
-        "forward": blocked(jax.jit(lambda model, x: model(x)), model, x),
-        "input gradient": blocked(jax.jit(jax.grad(loss, 1)), params, x),
-        "training step": blocked(jax.jit(update), params),
-        "PGD-20": blocked(run, model, x),
+        "forward": blocked(jax.jit(lambda model, x: model(x)), model, images),
+        "input gradient": blocked(jax.jit(jax.grad(loss, 1)), params, images),
+        "training step": blocked(jax.jit(update), params, images),
+        "PGD-20": blocked(run, model, images),
     }
     w = {name: torch.tensor(value, requires_grad=True) for name, value in made.items()}
-    images, labels = torch.tensor(x.transpose(0, 3, 1, 2).copy()), torch.tensor(y)
+    pixels, labels = torch.tensor(x.transpose(0, 3, 1, 2).copy()), torch.tensor(y)
 
     def slope(point, wanted):
         out = parity.logits("odenet_mnist", w, point, peer)
@@ -86,28 +105,29 @@ def network(args: argparse.Namespace, batch: int) -> dict[str, dict[str, Callabl
 
     def forward():
         with torch.no_grad():
-            return parity.logits("odenet_mnist", w, images, peer)
+            return parity.logits("odenet_mnist", w, pixels, peer)
 
     def input_gradient():
-        point = images.clone().requires_grad_()
+        point = pixels.clone().requires_grad_()
         return slope(point, [point])[0]
 
     def training_step():
-        for p, g in zip(w.values(), slope(images, list(w.values()))):
+        for p, g in zip(w.values(), slope(pixels, list(w.values()))):
             p.data -= 1e-3 * g
 
     def attacked():
-        point = images.clone()
+        point = pixels.clone()
         for _ in range(20):
             point.requires_grad_()
             moved = point + 2.5 * EPS / 20 * slope(point, [point])[0].sign()
-            point = torch.clamp(images + torch.clamp(moved - images, -EPS, EPS), 0, 1).detach()
+            point = torch.clamp(pixels + torch.clamp(moved - pixels, -EPS, EPS), 0, 1).detach()
         return point
 
     theirs = {"forward": forward, "input gradient": input_gradient, "training step": training_step, "PGD-20": attacked}
     apart = float(np.abs(np.asarray(model(x)) - forward().numpy()).max())
-    print(f"batch {batch}: logits differ by {apart:.1e}; steps {continuous.solved(model, x)[1].num_steps.max()}")
-    return {f"{row}, batch {batch}": {"ours": ours[row], "torchdiffeq": theirs[row]} for row in ours}
+    asked = {"ours": int(continuous.solved(model, images)[1].nfe.max()), "torchdiffeq": evaluations(parity, forward)}
+    print(f"batch {batch}: logits differ by {apart:.1e}; evaluations of the field {asked}")
+    return {f"{row}, batch {batch}": {"ours": ours[row], "torchdiffeq": theirs[row]} for row in ours}, asked
 
 
 def perceptron(params: Any, t: Any, z: Any) -> Any:
@@ -182,8 +202,10 @@ def main() -> None:
     parser.add_argument("--store", action="store_true", help="write results/ode.json, or ode_adaptive.json")
     args = parser.parse_args()
     contenders: dict[str, dict[str, Callable]] = {}
+    asked = {}
     for batch in args.batches:
-        contenders |= network(args, batch)
+        made, asked[f"batch {batch}"] = network(args, batch)
+        contenders |= made
     contenders |= small(args) | bare(args)
     rows, record = [["row", "ours, ms", "other, ms", "ratio", "first call, s"]], {}
     for row, pair in contenders.items():
@@ -195,7 +217,8 @@ def main() -> None:
     if args.store:
         told = {name: value for name, value in vars(args).items() if name != "store"}
         name = "ode_adaptive" if args.adaptive else "ode"
-        print(harness.store(name, {"settings": told, "environment": harness.environment(), "seconds": record}))
+        found = {"settings": told, "environment": harness.environment(), "seconds": record, "evaluations": asked}
+        print(harness.store(name, found))
 
 
 if __name__ == "__main__":
