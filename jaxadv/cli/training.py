@@ -124,7 +124,9 @@ def follow(progress: Progress, stage: str, steps: int, log: Callable[[str], Any]
         share = {name: f"{100 * metrics[name]:.1f} %" for name in ("clean", "robust") if metrics.get(name) is not None}
         words = ", ".join(f"{name} {value}" for name, value in share.items())
         if event == "train":
-            progress(step, steps, stage, f"loss {metrics['loss']:.3f}, {words}")
+            idle = metrics["waiting"] / max(metrics["seconds"], 1e-9)
+            slow = f"; {100 * idle:.0f} % of the time went into waiting for data" if idle > 0.5 else ""
+            progress(step, steps, stage, f"loss {metrics['loss']:.3f}, {words}{slow}")
         elif event == "validation":
             log(f"step {step}: validation {words}{' (best so far)' if metrics['best'] else ''}")
         elif event == "collapse":

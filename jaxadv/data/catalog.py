@@ -153,7 +153,10 @@ _root = root  # `load` has an argument of this name
 def _fetch(source: Any, rows: Any, where: str) -> Any:
     """Records of a data source, or a refusal that says where they lie."""
     try:
-        return source.__getitems__([int(row) for row in rows])
+        records = source.__getitems__([int(row) for row in rows])
+        if any(value is None for record in records for value in record.values()):
+            raise ValueError("a record is empty")  # what a file that was cut short under an open reader gives
+        return records
     except Exception as error:  # array_record, decoders and the file system raise many kinds
         raise ValueError(
             f"the files of {where} must be whole; reading records {rows[0]} to {rows[-1]} failed: "

@@ -324,7 +324,7 @@ class _Loop:
             self.watched = _batches_of(data_room.evaluation_subset(data, min(settings.collapse.size, len(data))), size)
             self._mark_good()
         self.stop_asked, self.preempted, self.skipped = False, False, []
-        self.clock = time.perf_counter()
+        self.clock, self.waited = time.perf_counter(), 0.0
 
     # ----------------------------------------------------------------------------------------------------- beginning
 
@@ -468,7 +468,9 @@ class _Loop:
         with contextlib.closing(stream):
             while done < given.steps and not self.facts.stopped:
                 if batch is None or done % given.replays == 0:
+                    asked = time.perf_counter()
                     batch = next(stream)
+                    self.waited += time.perf_counter() - asked
                 self.state, metrics = self.compiled(self.state, batch)
                 self.pending.append(metrics)
                 done += 1
@@ -516,7 +518,8 @@ class _Loop:
         now = time.perf_counter()
         means = {name: math.fsum(m[name] for m in window) / len(window) for name in window[0]}
         seconds, self.clock = now - self.clock, now
-        self._write({"step": done, "event": "train", **means, "seconds": seconds})
+        waiting, self.waited = self.waited, 0.0  # for rows, in these seconds
+        self._write({"step": done, "event": "train", **means, "seconds": seconds, "waiting": waiting})
 
     def _write(self, line: dict[str, Any]) -> None:
         try:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxadv import attacks, parallel, threats, train
+from jaxadv import attacks, data, parallel, threats, train
 from jaxadv.train import checkpoint as store
 
 CHILD = r"""
@@ -311,6 +311,30 @@ def test_metrics_that_cannot_be_written_are_a_clear_error_too(kit, key, tmp_path
             train.fit(key, **arguments(kit, tmp_path / "a"))
     resumed = train.fit(key, **arguments(kit, tmp_path / "a", resume=True))
     assert kit.same_bits(resumed, train.fit(key, **arguments(kit, tmp_path / "b")))
+
+
+@pytest.mark.slow
+def test_a_data_file_cut_short_during_training_is_named_and_mended_the_run_repeats_the_bits(kit, key, tmp_path):
+    pytest.importorskip("array_record", reason="array_record exists for Linux only")
+    x, y = kit.blobs(96, side=32).all()  # of several blocks
+    np.savez(tmp_path / "train.npz", x=np.uint8(255 * x), y=y)
+    made = data.prepare(tmp_path, "blobs", tmp_path / "sets")
+    (file,) = made.glob("*-train.array_record*")
+    whole = file.read_bytes()
+
+    def cut(step, state, line):
+        if step == 6:
+            os.truncate(file, len(whole) // 2)
+
+    def given(folder, **more):
+        more |= {"data": data.tfds_source(made, "train+validation"), "trainable": kit.mlp(side=32)}
+        return arguments(kit, tmp_path / folder, **more | {"attack": None, "validation": None})
+
+    with pytest.raises(ValueError, match=f"the files of {made} must be whole; reading records .*Cut short"):
+        train.fit(key, **given("a", callbacks=[cut]))
+    file.write_bytes(whole)
+    resumed = train.fit(key, **given("a", resume=True))
+    assert kit.same_bits(resumed, train.fit(key, **given("b")))
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(kit, key, tmp_path):

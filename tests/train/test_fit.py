@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,23 @@ def test_the_step_is_compiled_once(kit, key):
 
     train.fit(key, **arguments(kit, objective=counted, steps=20, attack=None, validation=None))
     assert len(traces) == 1
+
+
+def test_a_slow_reader_is_told_from_a_slow_step(kit, key, monkeypatch):
+    """The report says how long the loop waited for rows; the weights do not depend on it."""
+    given, lines = arguments(kit, attack=None, validation=None, log_every=6), []
+    fast = train.fit(key, **given)
+    read = data.Source.__getitem__
+
+    def slow(self, rows):
+        time.sleep(0.1)
+        return read(self, rows)
+
+    monkeypatch.setattr(data.Source, "__getitem__", slow)
+    late = train.fit(key, **given, callbacks=[lambda step, state, line: lines.append(line)])
+    assert kit.same_bits(late, fast)
+    last = lines[-1]  # six steps of nothing but waiting, up to what was read ahead
+    assert 0.2 < last["waiting"] <= last["seconds"] and last["waiting"] > 0.5 * last["seconds"]
 
 
 def test_a_rematerialized_network_learns_the_same(kit, key):
