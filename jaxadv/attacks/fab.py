@@ -30,6 +30,7 @@ from jaxadv.core import (
 from jaxadv.core.rows import flat, wide
 
 _NEWTON = 24
+"""Steps of the search for a piece, at most; three to eight are usual."""
 
 
 def _length(move, norm: str):
@@ -96,15 +97,22 @@ def to_hyperplane(
 
 
 def _nearest(weight, room, need, speed):
-    """Move every feature at its speed up to its room, until `weight . move` is what is needed."""
+    """Move every feature at its speed up to its room, until `weight . move` is what is needed.
 
-    def newton(_, time):
+    A row stands still from the step on that finds it in the piece of the step before, so its answer does not depend on
+    how long others take.
+    """
+
+    def newton(state):
+        count, time, before, live = state
         free = time[:, None] * speed < room
         gained = jnp.sum(weight * jnp.where(free, time[:, None] * speed, room), axis=-1)
         rate = jnp.sum(jnp.where(free, weight * speed, 0), axis=-1)
-        return time + jnp.where(rate > 0, jnp.maximum(need - gained, 0) / jnp.where(rate > 0, rate, 1), 0)
+        gain = jnp.where(live & (rate > 0), jnp.maximum(need - gained, 0) / jnp.where(rate > 0, rate, 1), 0)
+        return count + 1, time + gain, rate, live & (rate != before)
 
-    time = lax.fori_loop(0, _NEWTON, newton, need * 0)
+    begin = (0, need * 0, need * 0 - 1, need * 0 < 1)
+    time = lax.while_loop(lambda state: (state[0] < _NEWTON) & jnp.any(state[3]), newton, begin)[1]
     return jnp.minimum(time[:, None] * speed, room)
 
 

@@ -55,6 +55,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "odenet_mnist": ("odenet_mnist", {}),
     "tisode_mnist": ("odenet_tis", train.recipes.TIS_OPTIONS),
+    "ltnode_mnist": ("lt_node", {}),
+    "altnode_mnist": ("lt_node", {"encoder": True}),
     "sodef_mnist": ("sodef", {}),
     "lyanet_mnist": ("lyanet", {}),
     "sonet_cifar10": ("sonet", {**_CIFAR10, "channels": 64}),

@@ -25,11 +25,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadv.continuous import defenses
+from jaxadv.continuous.latent import lt_node
 from jaxadv.continuous.solve import SolveCfg, ode_solve
 from jaxadv.core import Trainable, check
 from jaxadv.models import GroupNorm
 from jaxadv.models import create as models_create
-from jaxadv.models.adapt import Static
+from jaxadv.models.adapt import Static, trainable
+from jaxadv.models.create import Builder
 from jaxadv.models.nets import Net, conv, dense, image_shape
 from jaxadv.models.norms import Layer
 
@@ -566,14 +568,51 @@ class TimeEncoder(Net):
         return self.linear(jax.nn.relu(self.norm(self.stem(x))).mean((1, 2)))
 
 
-NETS: dict[str, type[Net]] = {
+def lt_node_net(
+    shape, classes, mean=None, std=None, *, encoder: bool = False, points: int = 16, channels: int = 64, stem: int = 3,
+    cfg: Mapping | SolveCfg | None = None, groups: int = 32, init: str = "torch", rngs: nnx.Rngs,
+) -> Trainable:  # fmt: skip
+    """Return LT-NODE, or ALT-NODE, on `odenet_mnist`: the end time of the solve is random, see `lt_node`.
+
+    Two parameters more than `odenet_mnist`, or 132,354 more with an encoder. Trained by `latent_time`.
+
+    Args:
+      shape: (height, width, channels).
+      classes: number of classes.
+      mean: see `models.NETS`.
+      std: see `models.NETS`.
+      encoder: whether each example has a distribution of its own (ALT-NODE).
+      points: see `lt_node`.
+      channels: of all feature maps.
+      stem: see `ODENet`.
+      cfg: settings of `SolveCfg`; default Dormand-Prince to t=3, the latest end time, at tolerances of 1e-2, as
+        published.
+      groups: of the norms, at most.
+      init: see `ODENet`.
+      rngs: randomness of the weights.
+
+    Returns:
+      The trainable.
+
+    References:
+      Anumasa and Srijith 2022, Latent time neural ordinary differential equations, arXiv:2112.12728.
+    """
+    solver = cfg if isinstance(cfg, SolveCfg) else _solver({"t1": 3.0, "rtol": 1e-2, "atol": 1e-2} | dict(cfg or {}))
+    same: dict[str, Any] = {"channels": channels, "stem": stem, "groups": groups, "init": init, "rngs": rngs}
+    net = trainable(ODENetMNIST(shape, classes, mean, std, cfg=solver, **same))
+    read = trainable(TimeEncoder(shape, 2, mean, std, **same)) if encoder else None
+    return lt_node(net, solver, encoder=read, points=points)
+
+
+NETS: dict[str, Builder] = {
     "odenet_mnist": ODENetMNIST,
     "odenet_tis": ODENetTis,
+    "lt_node": lt_node_net,
     "sodef": SODEF,
     "lyanet": LyaNet,
     "sonet": SONet,
 }
-"""Name of a network of continuous depth to its class; `models.save` and `models.load` take it as `nets=`."""
+"""Name of a network of continuous depth to its class or builder; `models.save` and `models.load` take it as `nets=`."""
 
 
 def time_encoder(key, *, shape: Sequence[int], **options: Any) -> Trainable:

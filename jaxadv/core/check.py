@@ -44,7 +44,8 @@ def labels(y: Any, batch: int | None = None, classes: int | None = None, name: s
     y = y if hasattr(y, "dtype") else np.asarray(y)
     if y.ndim == 2:
         raise ValueError(
-            f"{name} must be integer labels of shape [b]; got {_got(y)}. One-hot labels? Pass {name}.argmax(-1)."
+            f"{name} must be integer labels of shape [b]; got {_got(y)}. One-hot labels? Pass {name}.argmax(-1). "
+            "Mixed or smoothed ones? Take an objective or loss that knows them."
         )
     if y.ndim != 1:
         raise ValueError(f"{name} must be integer labels of shape [b]; got {_got(y)}. Pass one label for each example.")

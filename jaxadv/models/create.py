@@ -4,7 +4,7 @@ A spec is a plain dict that survives JSON: `name`, `shape`, `classes`, `mean`, `
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -16,7 +16,10 @@ from jaxadv.models.nets import MLP, MadryCNN, Net, SmallCNN
 from jaxadv.models.resnets import PreActResNet18, PrivateWideResNet, WideResNet
 from jaxadv.models.vit import ViT
 
-NETS: dict[str, type[Net]] = {
+Builder = Callable[..., Net | Trainable]
+"""A class of networks, or a function of what such a class takes that returns a trainable."""
+
+NETS: dict[str, Builder] = {
     "mlp": MLP,
     "cnn_small": SmallCNN,
     "cnn_madry": MadryCNN,
@@ -26,14 +29,14 @@ NETS: dict[str, type[Net]] = {
     "wide_resnet_private": PrivateWideResNet,
     "vit": ViT,
 }
-"""Name of a network to its class."""
+"""Name of a network to its class or builder."""
 
 _COMMON = ("self", "shape", "classes", "mean", "std", "rngs")
 _SPEC = ("name", "shape", "classes", "mean", "std", "options")
 
 
 def create(
-    name: str, key, *, shape: Sequence[int], classes: int, mean=None, std=None, nets: Mapping[str, type[Net]] = NETS,
+    name: str, key, *, shape: Sequence[int], classes: int, mean=None, std=None, nets: Mapping[str, Builder] = NETS,
     **options: Any,
 ) -> Trainable:  # fmt: skip
     """Build a bundled network with fresh weights.
@@ -57,16 +60,18 @@ def create(
         value.
     """
     net = check.choice("network", name, nets)
-    valid = [option for option in inspect.signature(net.__init__).parameters if option not in _COMMON]
+    made_by = net.__init__ if isinstance(net, type) else net
+    valid = [option for option in inspect.signature(made_by).parameters if option not in _COMMON]
     for option in options:
         if option not in valid:
             raise ValueError(f"{name} must get options it has; got {option!r}. Valid: {', '.join(valid)}.")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return trainable(net(tuple(shape), classes, mean, std, **options, rngs=nnx.Rngs(key)))
+    made = net(tuple(shape), classes, mean, std, **options, rngs=nnx.Rngs(key))
+    return made if isinstance(made, Trainable) else trainable(made)
 
 
 def make_spec(
-    name: str, *, shape: Sequence[int], classes: int, mean=None, std=None, nets: Mapping[str, type[Net]] = NETS,
+    name: str, *, shape: Sequence[int], classes: int, mean=None, std=None, nets: Mapping[str, Builder] = NETS,
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Describe a network by the arguments of `create`, as plain values that survive JSON.
@@ -105,7 +110,7 @@ def make_spec(
     }
 
 
-def from_spec(spec: Mapping[str, Any], key, *, nets: Mapping[str, type[Net]] = NETS) -> Trainable:
+def from_spec(spec: Mapping[str, Any], key, *, nets: Mapping[str, Builder] = NETS) -> Trainable:
     """Build the network that a spec describes, with fresh weights.
 
     Args:

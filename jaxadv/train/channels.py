@@ -40,7 +40,11 @@ def of_label(logits, y):
 
     Returns:
       `[b]`.
+
+    Raises:
+      ValueError: if the labels are probabilities, as inside `train.cutmix`.
     """
+    check.labels(y, len(logits), logits.shape[-1])
     return jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
 
 

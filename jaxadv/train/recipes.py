@@ -25,6 +25,8 @@ from jaxadv.train.driver import Collapse
 from jaxadv.train.imagenet_recipes import pgd_imagenet
 from jaxadv.train.ode_recipes import TIS_OPTIONS as TIS_OPTIONS
 from jaxadv.train.ode_recipes import (
+    altnode_mnist,
+    ltnode_mnist,
     lyanet_mnist,
     odenet_mnist,
     sodef_mnist,
@@ -497,6 +499,8 @@ RECIPES: dict[str, Callable[..., dict[str, Any]]] = {
     "pgd_imagenet": pgd_imagenet,
     "odenet_mnist": odenet_mnist,
     "tisode_mnist": tisode_mnist,
+    "ltnode_mnist": ltnode_mnist,
+    "altnode_mnist": altnode_mnist,
     "sodef_mnist": sodef_mnist,
     "lyanet_mnist": lyanet_mnist,
     "sonet_cifar10": sonet_cifar10,

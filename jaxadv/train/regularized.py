@@ -62,7 +62,11 @@ def mart_loss(clean, robust, y, *, weight: float):
 
     Returns:
       `[b]`.
+
+    Raises:
+      ValueError: if the labels are probabilities, as inside `cutmix`.
     """
+    check.labels(y, len(clean), clean.shape[-1])
     p, q = jax.nn.softmax(clean), jax.nn.softmax(robust)
     own = jax.nn.one_hot(y, p.shape[-1], dtype=p.dtype)
     rival = jnp.max(jnp.where(own > 0, -jnp.inf, q), axis=-1)
@@ -258,7 +262,11 @@ def cost_sensitive_loss(logits, y, costs, *, weight: float):
 
     Returns:
       `[b]`. With costs of 1 it is the cross-entropy plus `weight (1 - p_y)`.
+
+    Raises:
+      ValueError: if the labels are probabilities, as inside `cutmix`.
     """
+    check.labels(y, len(logits), logits.shape[-1])
     row = jnp.asarray(costs, logits.dtype)[y]
     mean = jnp.sum(row, axis=-1) / (row.shape[-1] - 1)
     return mean * losses.cross_entropy(logits, y) + weight * jnp.sum(row * jax.nn.softmax(logits), axis=-1)
@@ -406,6 +414,7 @@ def _shares(keys, alpha: float):
 
 
 def _interpolated(apply, params, state, batch, key, *, weight, alpha, bn):
+    check.labels(batch["y"])
     total, metrics = 0.0, {}
     for number, (name, share) in enumerate({"clean": weight, "robust": 1 - weight}.items()):
         if not share:

@@ -48,6 +48,7 @@ def occlusion(apply, params, state, batch, *, size: int, fill: float = 0.0, bn: 
     Returns:
       `[b, n]`, `|p_y(x) - p_y(x without patch i)|`; no gradient flows through it.
     """
+    check.labels(batch["y"])
     number = patches(batch["x"].shape[1:], size)
 
     def sure(x):

@@ -66,7 +66,7 @@ def test_the_network_written_beside_the_weights_is_that_of_the_recipe(name):
     known = training.data_of(name)
     shape = {"digits": (8, 8, 1), "mnist": (28, 28, 1)}.get(known, (32, 32, 3))
     source = data.arrays(
-        np.random.default_rng(0).uniform(size=(256, *shape)).astype(np.float32), np.arange(256) % 10, classes=10
+        np.random.default_rng(0).uniform(size=(400, *shape)).astype(np.float32), np.arange(400) % 10, classes=10
     )
     known_to_recipe = inspect.signature(train.RECIPES[name]).parameters
     for option, value in training.NETWORKS[name][1].items():  # what is narrowed below is as published

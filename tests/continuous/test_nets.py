@@ -9,7 +9,7 @@ import pytest
 
 from jaxadv import continuous, models
 from jaxadv.continuous import SolveCfg
-from jaxadv.continuous.nets import Field, ODEBlock, ODENet, ODENetMNIST, ODENetTis, Told, extended
+from jaxadv.continuous.nets import Field, ODEBlock, ODENet, ODENetMNIST, ODENetTis, Told, extended, lt_node_net
 
 SHAPE = {"shape": (8, 8, 1), "classes": 10, "channels": 4, "stem": 1}
 EULER = {"method": "euler", "mode": "fixed", "n_steps": 4}
@@ -25,11 +25,13 @@ def count(tree):
         ("odenet_mnist", {}, 208_266),
         ("odenet_tis", {}, 142_410),
         ("odenet_tis", {"time": False}, 141_130),
+        ("lt_node", {}, 208_268),
+        ("lt_node", {"encoder": True}, 208_266 + 132_354),
     ],
 )
 def test_parameters_are_those_of_the_published_networks(name, options, parameters, key):
     made = jax.eval_shape(lambda k: continuous.create(name, k, shape=(28, 28, 1), classes=10, **options), key)
-    assert count(made.params) == parameters and not made.state
+    assert count(made.params) == parameters and not jax.tree.leaves(made.state)
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +102,23 @@ def test_hints_ask_for_motion_times_and_other_solvers(asked):
     assert told["block.stats"].nfe.tolist() == [8] * 3 and 0 < np.abs(other - logits).max() < 1
 
 
-def test_a_spec_survives_json_and_files(tmp_path, key):
-    spec = models.make_spec("odenet_tis", nets=continuous.NETS, cfg=EULER, time=False, **SHAPE)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("odenet_tis", {"time": False}), ("lt_node", {"points": 4}), ("lt_node", {"points": 4, "encoder": True})],
+)
+def test_a_spec_survives_json_and_files(name, options, tmp_path, key):
+    spec = models.make_spec(name, nets=continuous.NETS, cfg=EULER, **options, **SHAPE)
     assert json.loads(json.dumps(spec)) == spec
     net = models.from_spec(spec, key, nets=continuous.NETS)
     models.save(tmp_path / "net.safetensors", net, spec, nets=continuous.NETS)
     again, told = models.load(tmp_path / "net.safetensors", nets=continuous.NETS)
     assert told == spec and jax.tree.structure(again) == jax.tree.structure(net)
     jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
-    with pytest.raises(ValueError, match="unknown network 'odenet_tis'"):
+    if name == "lt_node":
+        assert continuous.NETS[name] is lt_node_net
+        assert ("log_a" in net.params["time"]) != options.get("encoder", False)
+        assert continuous.random_time(continuous.ode_model(again)).apply.args[0].values[0].t1 == 3  # the latest end
+    with pytest.raises(ValueError, match=f"unknown network '{name}'"):
         models.load(tmp_path / "net.safetensors")
 
 

@@ -258,3 +258,17 @@ def test_mixtures_pass_every_door_of_training(kit, key):
         other = stepped(**settings)
         assert np.isfinite(other[1]["loss"]) and not kit.same_bits(other[0].params, plain[0].params)
     assert terms.masked(objective, 0.5) is not None
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        train.mart(THREAT, steps=1),
+        train.iat(attacks.pgd(THREAT, steps=1)),
+        train.cost_sensitive(attacks.pgd(THREAT, steps=1), np.ones((CLASSES, CLASSES)) - np.eye(CLASSES)),
+    ],
+    ids=["mart", "iat", "cost_sensitive"],
+)
+def test_what_needs_labels_says_so_inside_of_what_mixes_them(objective, key):
+    with pytest.raises(ValueError, match="y must be integer labels.*Mixed or smoothed ones"):
+        jax.eval_shape(functools.partial(train.cutmix(objective, CLASSES), affine), WEIGHTS, {}, batch(), key)
