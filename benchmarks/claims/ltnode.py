@@ -39,9 +39,7 @@ def network(settings: dict[str, Any], data: Any, seed: int, arm: str) -> tuple[A
     options = {"channels": settings["channels"], "stem": settings["stem"]}
     encoder = continuous.time_encoder(jax.random.key(seed), shape=data.shape, **options)
     made = continuous.lt_node(net, cfg, points=settings["points"], encoder=encoder if arm == "ALT-NODE" else None)
-    return made, continuous.latent_time(
-        estimator="uniform_is_exact", n_samples=settings["times"], kl_weight=1 / len(data)
-    )
+    return made, continuous.latent_time(estimator="quadrature", n_samples=settings["times"], kl_weight=1 / len(data))
 
 
 def judged(settings: dict[str, Any], net: Any, arm: str, test: Any, seed: int) -> dict[str, float]:

@@ -13,6 +13,10 @@ of times with weights; the bound and the prediction are sums over it.
 | `reparam` | of the posterior, differentiable | even |
 | `quadrature` | Gauss-Legendre nodes on (0, t1) | normalized, deterministic |
 
+Under the first two a posterior beyond t1 costs nothing but its divergence from the prior, so training can end there and
+learn nothing: on 2,000 images of MNIST 20 % were right after 500 steps as published, and 67 % after 200 with
+`quadrature` (65 % with `reparam`). The recipes take `quadrature`.
+
 References:
   Anumasa and Srijith 2022, Latent time neural ordinary differential equations, arXiv:2112.12728; code
   srinivas-quan/LTNODE, which clamps `a` and `b` to [0, 100] after each step; here their logarithms are trained, within

@@ -113,7 +113,10 @@ def means():
             t, w = latent.nodes(name, key, jnp.float32(2.0), jnp.float32(3.0), n, 3.0)
             return jnp.sum(w * jnp.exp(-t)), jnp.sum(w), jnp.all(jnp.diff(t) >= 0)
 
-        return {name: mean(name, 40 if name == "quadrature" else 20_000) for name in continuous.ESTIMATORS}
+        late = latent.nodes("uniform_is_exact", key, jnp.float32(8.0), jnp.float32(1.0), 20_000, 3.0)
+        whole = latent.nodes("quadrature", key, jnp.float32(8.0), jnp.float32(1.0), 40, 3.0)
+        found = {name: mean(name, 40 if name == "quadrature" else 20_000) for name in continuous.ESTIMATORS}
+        return found | {"late": late[1].sum(), "whole": whole[1].sum()}
 
     return run(jax.random.key(0))
 
@@ -127,6 +130,11 @@ def test_estimators_agree_with_the_laplace_transform(means):
     for name in continuous.ESTIMATORS:
         assert float(means[name][1]) == pytest.approx(1 / 3 if name == "uniform_is" else 1, abs=0.03)
         assert bool(means[name][2])
+
+
+def test_importance_sampling_counts_nothing_beyond_the_end_and_quadrature_does(means):
+    assert float(means["late"]) == pytest.approx(stats.gamma(8.0).cdf(3.0), rel=0.1)  # 0.012: a loss next to nothing
+    assert float(means["whole"]) == pytest.approx(1, abs=1e-4)
 
 
 def test_gradients_of_the_sampled_times_are_those_of_the_mean(key):
