@@ -122,6 +122,8 @@ def test_the_table_shows_every_number_and_says_what_was_not_measured(tmp_path):
     assert "**holds in part**: 91.0 % robust" in text
     assert "| robust % | 91 | 88.52 to 93.48 | 90, 91, 92 |" in text
     assert "| `pgd_training` |" in text and "not measured yet" in text
+    short = framework.summary(tmp_path)
+    assert "| `fast_at` |" in short and "| `pgd_training` |" not in short and "not measured yet: `a3t`" in short
 
 
 def test_the_marked_part_is_replaced_and_nothing_else():

@@ -58,12 +58,9 @@ KIN = (
     "jsigr",
     "ladder",
 )
-"""Others stand for them in the default run where nothing of theirs differs."""
+"""Others stand for them in the default run of executors."""
 
 table = pytest.mark.parametrize("name", ALL)
-short_table = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in KIN else []) for n in ALL]
-)
 
 
 @functools.cache
@@ -146,7 +143,7 @@ def test_the_order_of_rows_and_padding_change_nothing(name):
     same(other[2], state)
 
 
-@short_table
+@table
 def test_without_batch_statistics_a_row_does_not_see_the_others(name):
     rows = batch()
     whole, half = answer(name, rows, "none")[0], answer(name, {k: v[:4] for k, v in rows.items()}, "none")[0]
@@ -161,7 +158,7 @@ def constant(params, state, x, *, bn="eval", key=None, mask=None, axis_name=None
     return (logits, dict.fromkeys(taps, logits)) if taps else logits, state
 
 
-@short_table
+@table
 @pytest.mark.parametrize("size", [0.0, 200.0])
 def test_losses_and_gradients_are_finite_at_constant_models(name, size):
     """No input gradient at all, and predictions without doubt, half of them wrong."""
@@ -172,7 +169,7 @@ def test_losses_and_gradients_are_finite_at_constant_models(name, size):
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((got.total, got.sums)))
 
 
-@short_table
+@table
 def test_a_vanishing_budget_leaves_the_clean_examples(name):
     """Then the search returns the examples, and what compares two predictions sees no difference."""
     tiny = threats.linf(1e-12)
