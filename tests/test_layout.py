@@ -48,9 +48,12 @@ LATE = {
     "array_record",
     "dp_accounting",
     "jax_privacy",
+    "grain",
+    "absl",
 }  # imported inside functions only: the package works where they are absent
 NEVER = {"tensorflow": "read records through tfds data sources", "torch": "pass arrays (models.from_torch_arrays)"}
 DISTRIBUTIONS = {
+    "absl": "absl-py",
     "PIL": "pillow",
     "orbax": "orbax-checkpoint",
     "tensorflow_datasets": "tensorflow-datasets",
@@ -280,7 +283,7 @@ def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported()
     declared = {bare(r) for r in project()["dependencies"]}
     imported = third_party(PACKAGE)
     late = {DISTRIBUTIONS.get(name, name).replace("_", "-") for name in LATE}
-    extra = {bare(r) for extra in ("privacy",) for r in project()["optional-dependencies"][extra]}
+    extra = {bare(r) for extra in ("privacy", "grain") for r in project()["optional-dependencies"][extra]}
     undeclared = {name: sorted(files) for name, files in imported.items() if name not in declared | (extra & late)}
     assert undeclared == {}, "add them to [project] dependencies, or import them no more"
     assert declared - set(imported) == set(WAITING), "declared but not imported must be listed in WAITING with a reason"

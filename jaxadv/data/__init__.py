@@ -14,6 +14,7 @@ from jaxadv.data.catalog import tfds_source as tfds_source
 from jaxadv.data.pipeline import Readable as Readable
 from jaxadv.data.pipeline import balanced_order as balanced_order
 from jaxadv.data.pipeline import batches as batches
+from jaxadv.data.pipeline import check_workers as check_workers
 from jaxadv.data.pipeline import epoch_and_step as epoch_and_step
 from jaxadv.data.pipeline import make_batch as make_batch
 from jaxadv.data.pipeline import order as order

@@ -9,8 +9,12 @@ Nothing here depends on timing, on the number of processes or on the platform: s
 (seed, number of examples, batch size, t). Resuming is therefore a number, not a replay.
 """
 
+import contextlib
+import dataclasses
 import functools
 import itertools
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -203,44 +207,80 @@ def make_batch(
     return {"x": batch["x"], "y": batch["y"], "index": index, "mask": mask}
 
 
-def _passes(
-    positions: np.ndarray, rows: int, seed: int, shuffle: bool, drop_last: bool
-) -> tuple[int, Callable[[int], np.ndarray]]:
-    """Return the steps of one pass over some positions, and what step t visits of them: `rows` at a time."""
-    n = len(positions)
-    per_epoch = steps_per_epoch(n, rows, drop_last=drop_last)
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """What step t visits of some positions: `rows` at a time, in a new order in every pass."""
 
-    @functools.lru_cache(maxsize=1)
-    def visit(epoch: int) -> np.ndarray:
-        return positions[order(n, seed, epoch)] if shuffle else positions
+    positions: np.ndarray
+    rows: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
 
-    def at(step: int) -> np.ndarray:
-        epoch, within = epoch_and_step(step, per_epoch)
-        return visit(epoch)[within * rows : (within + 1) * rows]
+    def __post_init__(self):
+        self.per_epoch  # noqa: B018  # raises where a pass would hold no batch
 
-    return per_epoch, at
+    @property
+    def per_epoch(self) -> int:
+        """Steps of one pass."""
+        return steps_per_epoch(len(self.positions), self.rows, drop_last=self.drop_last)
+
+    def __call__(self, step: int) -> np.ndarray:
+        epoch, within = epoch_and_step(step, self.per_epoch)
+        visited = self.positions
+        if self.shuffle:
+            visited = visited[_recent(len(visited), self.seed, epoch)]
+        return visited[within * self.rows : (within + 1) * self.rows]
 
 
-def _visits(
-    source: Readable, batch_size: int, seed: int, shuffle: bool, drop_last: bool
-) -> tuple[int, Callable[[int], np.ndarray]]:
-    """Return the steps of an epoch and the positions of step t; each part of a blend makes passes of its own."""
+_recent = functools.lru_cache(maxsize=4)(order)  # of the streams that are read now
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mixed:
+    """What step t visits of a blend: its share of each part, in random places of the batch."""
+
+    parts: tuple[_Passes, ...]
+    seed: int
+    shuffle: bool
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of one pass over the first part."""
+        return self.parts[0].per_epoch
+
+    def __call__(self, step: int) -> np.ndarray:
+        chosen = np.concatenate([at(step) for at in self.parts])
+        return chosen[order(len(chosen), self.seed, step)] if self.shuffle else chosen
+
+
+def _visits(source: Readable, batch_size: int, seed: int, shuffle: bool, drop_last: bool) -> _Passes | _Mixed:
+    """Return what gives the positions of step t; each part of a blend makes passes of its own."""
     blended: Any = getattr(source, "parts", None)
     if blended is None:
-        return _passes(np.arange(len(source), dtype=np.int32), batch_size, seed, shuffle, drop_last)
+        return _Passes(np.arange(len(source), dtype=np.int32), batch_size, seed, shuffle, drop_last)
     if not drop_last:
         raise ValueError(
             "drop_last must be True for a blend, whose parts end at different steps; got False. "
             "To visit every example once, read the sources that it was made of."
         )
     parts = blended(batch_size)
-    made = [_passes(at, rows, (seed + i) % 2**64, shuffle, True) for i, (at, rows) in enumerate(parts)]
+    made = (_Passes(at, rows, (seed + i) % 2**64, shuffle, True) for i, (at, rows) in enumerate(parts))
+    return _Mixed((*made,), (seed + len(parts)) % 2**64, shuffle)
 
-    def positions(step: int) -> np.ndarray:
-        chosen = np.concatenate([at(step) for _, at in made])
-        return chosen[order(batch_size, (seed + len(made)) % 2**64, step)] if shuffle else chosen
 
-    return made[0][0], positions
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """The batch of step t: `positions(t)` of a source, padded to `rows`, as one process of several gets it."""
+
+    source: Readable
+    positions: Callable[[int], np.ndarray]
+    rows: int
+    process: tuple[int, int] = (0, 1)
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """Return the batch of a step."""
+        return make_batch(self.source, self.positions(step), self.rows, process=self.process)
 
 
 def batches(
@@ -254,9 +294,10 @@ def batches(
     drop_last: bool = True,
     process: tuple[int, int] = (0, 1),
     prefetch: int = 2,
+    workers: int = 0,
     place: Callable[[dict[str, np.ndarray]], Any] | None = None,
 ) -> Generator[Any, None, None]:
-    """Stream batches, read ahead by one background thread.
+    """Stream batches, read ahead by one background thread, or by worker processes.
 
     Epoch e visits the examples in `order(len(source), seed, e)`. Batches are cut from the global order first and
     divided between processes second, so one and many processes see the same global batches. A source with `parts` (see
@@ -274,6 +315,9 @@ def batches(
         leaves it out.
       process: (i, n): yield the rows of process i of n, `batch_size / n` of them.
       prefetch: batches read ahead; 0 reads in the caller's thread.
+      workers: processes that read, each every so-many-th batch and `prefetch` of them ahead (grain's, which start as
+        new interpreters: a script of yours needs `if __name__ == "__main__":`); 0 reads in this process. Worth it
+        where decoding is what a step waits for, as with large images; the batches are the same.
       place: applied to each batch in the background thread, for example `jax.device_put`.
 
     Returns:
@@ -282,6 +326,7 @@ def batches(
 
     Raises:
       ValueError: at once, not at the first batch, if a setting does not fit.
+      ImportError: with `workers`, if grain is missing.
 
     >>> from jaxadv import data
     >>> first = next(data.batches(data.load("digits"), 32, seed=0))
@@ -289,32 +334,113 @@ def batches(
     ((32, 8, 8, 1), 'int32')
     """
     check.whole("start", start, least=0)
-    check.whole("prefetch", prefetch, least=0)
     if epochs is not None:
         check.whole("epochs", epochs, least=0)
     process_rows(batch_size, process)
     order(1, seed, 0)  # refuse a bad seed here, not in the thread
-    per_epoch, positions = _visits(source, batch_size, seed, shuffle, drop_last)
-
-    def read(step: int) -> Any:
-        batch = make_batch(source, positions(step), batch_size, process=process)
-        return batch if place is None else place(batch)
-
-    steps = itertools.count(start) if epochs is None else iter(range(start, epochs * per_epoch))
-    return read_ahead(read, steps, prefetch)
+    visits = _visits(source, batch_size, seed, shuffle, drop_last)
+    stop = None if epochs is None else epochs * visits.per_epoch
+    return stream(Reader(source, visits, batch_size, process), start, stop, prefetch, workers, place)
 
 
-def read_ahead(read: Callable[[int], Any], steps: Iterator[int], depth: int) -> Generator[Any, None, None]:
-    """Yield `read(step)` in order while one thread works on the next steps.
+def check_workers(workers: int) -> None:
+    """Check that examples can be read by so many processes.
 
     Args:
-      read: what makes a batch of the number of a step.
-      steps: numbers of steps.
-      depth: how many to work ahead; 0 uses no thread.
+      workers: their number; 0 reads in this process.
 
-    Yields:
-      What `read` made.
+    Raises:
+      ValueError: if it is no whole number of at least 0.
+      ImportError: if it is not 0 and grain is missing.
     """
+    check.whole("workers", workers, least=0)
+    if not workers:
+        return
+    try:
+        import grain  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"workers={workers} needs the package grain; got: {error}. Use pip install 'jaxadv[grain]', or workers=0."
+        ) from error
+
+
+def stream(
+    read: Callable[[int], Any],
+    start: int,
+    stop: int | None,
+    prefetch: int,
+    workers: int = 0,
+    place: Callable[[Any], Any] | None = None,
+) -> Generator[Any, None, None]:
+    """Yield what `read` makes of steps `start`, `start + 1`, ..., worked on ahead of time.
+
+    Args:
+      read: what makes a batch of the number of a step; with workers it must be picklable.
+      start: the first step.
+      stop: the step to end before; None for no end.
+      prefetch: how many to work ahead; 0 uses no thread.
+      workers: processes that call `read`; 0 calls it in the background thread.
+      place: what the background thread makes of each batch before it is handed out.
+
+    Returns:
+      A generator of batches in the order of steps.
+
+    Raises:
+      ValueError: if a number is out of range.
+      ImportError: with workers, if grain is missing.
+    """
+    check.whole("prefetch", prefetch, least=0)
+    check_workers(workers)
+    steps = itertools.count(start) if stop is None else iter(range(start, stop))
+    if not workers:
+        return _ahead(read if place is None else lambda step: place(read(step)), steps, prefetch)
+    made = _made_by_workers(read, start, stop, workers, max(prefetch, 1))
+    return _pulled(made, (lambda batch: batch) if place is None else place, steps, prefetch)
+
+
+def _pulled(made: Any, place: Callable[[Any], Any], steps: Iterator[int], prefetch: int) -> Generator[Any, None, None]:
+    """Hand out what workers made, each copied from shared memory and placed by the background thread; end them."""
+
+    def pull(step: int) -> Any:
+        return place({name: np.array(value) for name, value in next(rows).items()})
+
+    with contextlib.closing(iter(made)) as rows:  # workers start with the first batch
+        yield from _ahead(pull, steps, prefetch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """Batches by number, as grain indexes them."""
+
+    read: Callable[[int], Any]
+    start: int
+    stop: int | None
+
+    def __len__(self) -> int:
+        return (sys.maxsize if self.stop is None else max(self.stop, self.start)) - self.start
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(self.start + int(index))
+
+
+def _made_by_workers(read: Callable[[int], Any], start: int, stop: int | None, workers: int, depth: int) -> Any:
+    """Return the iterable of batches that worker processes make, in order."""
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain reads flags of its own, and not everyone has a main of absl
+        flags.FLAGS.mark_as_parsed()
+    one = grain.MapDataset.source(_Steps(read, start, stop)).to_iter_dataset(grain.ReadOptions(0, 0))
+    return one.mp_prefetch(grain.MultiprocessingOptions(workers, depth), worker_init_fn=_begin)
+
+
+def _begin(worker: int, of: int) -> None:
+    """Leave Ctrl-C to the process that trains; it ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _ahead(read: Callable[[int], Any], steps: Iterator[int], depth: int) -> Generator[Any, None, None]:
+    """Yield `read(step)` in order while one thread works on the next `depth` steps; 0 uses no thread."""
     if depth == 0:
         yield from map(read, steps)
         return

@@ -126,7 +126,7 @@ class Plan:
         return self.noise(self.std / self.size, key)
 
     def batches(
-        self, source: Any, key, *, start: int = 0, process: tuple[int, int] = (0, 1)
+        self, source: Any, key, *, start: int = 0, process: tuple[int, int] = (0, 1), workers: int = 0
     ) -> Generator[dict[str, Any], None, None]:
         """Stream the batches of this plan.
 
@@ -135,11 +135,13 @@ class Plan:
           key: of the samples of this run, secret.
           start: step to begin at.
           process: see `sampling.batches`.
+          workers: see `sampling.batches`.
 
         Returns:
           Batches without end.
         """
-        return sampling.batches(self.sampler, source, sampling.seed_of(key), start=start, process=process)
+        seed = sampling.seed_of(key)
+        return sampling.batches(self.sampler, source, seed, start=start, process=process, workers=workers)
 
     def event(self) -> Any:
         """Describe one step (one round of all groups, for a sampler with a cycle) in the words of dp-accounting.

@@ -11,7 +11,6 @@ small rate by parts in 10^5, upwards too. Whoever knows the seed knows who took 
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Generator
 from typing import Any
@@ -23,7 +22,7 @@ from jaxtyping import Int32
 
 from jaxadv import data as data_room
 from jaxadv.core import check
-from jaxadv.data.pipeline import read_ahead
+from jaxadv.data.pipeline import Reader, stream
 
 TAIL = 1e-25
 """A sampler without truncation gets so many rows that a sample overflows them with at most this probability."""
@@ -195,9 +194,10 @@ def batches(
     start: int = 0,
     process: tuple[int, int] = (0, 1),
     prefetch: int = 2,
+    workers: int = 0,
     place: Callable[[dict[str, np.ndarray]], Any] | None = None,
 ) -> Generator[Any, None, None]:
-    """Stream the batches of a sampler, without end, read ahead by one background thread.
+    """Stream the batches of a sampler, without end, read ahead by one background thread, or by worker processes.
 
     Args:
       sampler: which examples.
@@ -206,6 +206,7 @@ def batches(
       start: step to begin at; the stream equals the uninterrupted one from there on.
       process: (i, n): yield the rows of process i of n.
       prefetch: batches read ahead; 0 reads in the caller's thread.
+      workers: processes that read; see `data.batches`.
       place: applied to each batch in the background thread.
 
     Returns:
@@ -214,6 +215,7 @@ def batches(
 
     Raises:
       ValueError: if the sampler is for another number of examples.
+      ImportError: with `workers`, if grain is missing.
     """
     if len(source) != sampler.n:
         raise ValueError(
@@ -222,9 +224,5 @@ def batches(
         )
     check.whole("start", start, least=0)
     data_room.process_rows(sampler.rows, process)
-
-    def read(step: int) -> Any:
-        batch = data_room.make_batch(source, sampler.positions(seed, step), sampler.rows, process=process)
-        return batch if place is None else place(batch)
-
-    return read_ahead(read, itertools.count(start), prefetch)
+    read = Reader(source, functools.partial(sampler.positions, seed), sampler.rows, process)
+    return stream(read, start, None, prefetch, workers, place)

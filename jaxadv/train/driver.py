@@ -137,6 +137,7 @@ def fit(
     save_every: int | None = None,
     resume: bool | int = False,
     log_every: int = 50,
+    workers: int = 0,
     callbacks: Iterable[Callable] = (),
 ) -> TrainState:
     """Train a network on any objective with any optax optimizer, on any devices, and survive being killed.
@@ -177,6 +178,8 @@ def fit(
       save_every: steps between checkpoints; None makes ten in a run. A best one and the last are always saved.
       resume: True goes on from the newest checkpoint, if there is one; a number from the checkpoint of that step.
       log_every: steps between reports (means over those steps).
+      workers: processes that read and decode examples ahead, for large images; see `data.batches`. The batches are
+        the same. `metrics.jsonl` tells how long steps waited for them (`waiting`).
       callbacks: each called as `callback(step, state, metrics)` at every report, validation and check. The state is
         used up by the next step: copy what you keep.
 
@@ -186,12 +189,14 @@ def fit(
     Raises:
       ValueError: on settings that cannot work, or that differ from those of the run to be resumed; on what cannot be
         private.
+      ImportError: with `workers`, if grain is missing.
       BudgetError: before the first step, if a private run would spend more than its budget.
       FileExistsError: if the folder holds a run and `resume` is False.
       CheckpointError: if a checkpoint cannot be written or read.
       FloatingPointError: if the loss is not finite.
       Interrupted: on Ctrl-C or SIGTERM with a checkpoint folder, after saving.
     """
+    data_room.check_workers(workers)
     settings = _settings(
         data,
         steps=steps,
@@ -226,7 +231,7 @@ def fit(
         for a in _attacks(settings)
     }
     ledger = None if private is None else Ledger(private, steps, settings.save_every, program_of(how, mesh))
-    loop = _Loop(key, settings, data, compiled, judges, start, ledger)
+    loop = _Loop(key, settings, data, compiled, judges, start, ledger, workers)
     return loop.run(config, resume)
 
 
@@ -307,8 +312,9 @@ def _batches_of(source, size: int) -> list[dict[str, np.ndarray]]:
 class _Loop:
     """The mutable side of one call of `fit`."""
 
-    def __init__(self, key, settings: _Settings, data, compiled, judges, state: TrainState, ledger: Ledger | None):
+    def __init__(self, key, settings: _Settings, data, compiled, judges, state, ledger: Ledger | None, workers: int):
         self.settings, self.data, self.compiled, self.judges = settings, data, compiled, judges
+        self.workers = workers
         self.key, self.state, self.facts = key, compiled.place(state), _Facts()
         self.ledger = ledger
         self.best_state: TrainState | None = None
@@ -458,11 +464,12 @@ class _Loop:
         process = (jax.process_index(), jax.process_count())
         if given.private is not None:
             sampled = purpose(self.key, "sampling")
-            stream = given.private.batches(self.data, sampled, start=start, process=process)
+            stream = given.private.batches(self.data, sampled, start=start, process=process, workers=self.workers)
         else:
             seed = int(jax.random.bits(purpose(self.key, "order"), dtype=jnp.uint32))
             first = start // given.replays
-            stream = data_room.batches(self.data, given.batch_size, seed=seed, start=first, process=process)
+            read = {"start": first, "process": process, "workers": self.workers}
+            stream = data_room.batches(self.data, given.batch_size, seed=seed, **read)
         batch, done = None, start
         self.clock = time.perf_counter()
         with contextlib.closing(stream):

@@ -1,7 +1,9 @@
 """The loop: what it returns, records, judges and refuses; one compilation; collapse; interruption."""
 
 import json
+import multiprocessing
 import signal
+import sys
 import threading
 import time
 
@@ -239,3 +241,26 @@ def test_metrics_are_lines_of_json(kit, key, tmp_path):
         "train",
         "validation",
     }
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_training_with_a_word_and_resuming_gives_the_same_bits(kit, key, tmp_path):
+    given = arguments(kit, attack=None, validation=None, steps=40, save_every=2)  # more than are read ahead
+
+    def kill(step, state, line):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+
+    with pytest.raises(RuntimeError, match="Worker process was terminated unexpectedly with exit code -9"):
+        train.fit(key, **given, checkpoint=tmp_path, workers=2, callbacks=[kill])
+    assert not multiprocessing.active_children()
+    resumed = train.fit(key, **given, checkpoint=tmp_path, workers=1, resume=True)
+    assert kit.same_bits(resumed, train.fit(key, **given))
+
+
+def test_workers_without_grain_are_refused_before_anything_is_written(kit, key, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(ImportError, match=r"workers=2 needs the package grain.*pip install 'jaxadv\[grain\]'"):
+        train.fit(key, **arguments(kit, workers=2), checkpoint=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
