@@ -226,50 +226,45 @@ def test_a_damaged_checkpoint_is_named_and_skipped_and_the_one_before_serves(kit
 
 
 def test_values_that_do_not_match_their_checksum_are_refused(kit, tmp_path, monkeypatch):
-    keeper = train.Checkpoints(tmp_path)
-    monkeypatch.setattr(store, "checksum", lambda arrays: "00000000")
-    keeper.save(1, {"w": jnp.ones(2)}, {})
+    """Also where what one device wrote is read in shares."""
+    keeper, tree = train.Checkpoints(tmp_path), {"w": jnp.arange(4.0)}
+    keeper.save(1, tree, {})
     keeper.wait()
-    monkeypatch.undo()
-    with pytest.raises(train.CheckpointError, match="do not match their checksum.*begin anew"):
-        keeper.restore({"w": jnp.ones(2)}, 1)
+    mesh = parallel.make_mesh(4)
+    split = parallel.compile_step(train.make_step, mesh=mesh, layout=parallel.fsdp(least=2)).place(tree)
+    assert len(split["w"].sharding.device_set) == 4 and not split["w"].is_fully_replicated
+    read = keeper._read
+
+    def spoiled(*how):
+        found, meta = read(*how)
+        return jax.tree.map(lambda w: w.at[3].add(1e-6), found), meta
+
+    for like in (tree, split):
+        assert kit.same_bits(keeper.restore(like, 1)[0], tree)
+        with monkeypatch.context() as patch:
+            patch.setattr(keeper, "_read", spoiled)
+            with pytest.raises(train.CheckpointError, match="do not match their checksum.*begin anew"):
+                keeper.restore(like, 1)
     keeper.close()
-    one = store.checksum(store.flatten({"a": jnp.ones(2), "b": jnp.zeros(2)}))
-    assert one != store.checksum(store.flatten({"b": jnp.ones(2), "a": jnp.zeros(2)}))
 
 
-def test_a_checksum_of_shares_does_not_depend_on_how_they_lie_but_on_every_value_and_place(monkeypatch):
+def test_a_checksum_does_not_depend_on_how_arrays_lie_but_on_every_value_and_place(monkeypatch):
     monkeypatch.setattr(store, "_AT_ONCE", 13)
     rng = np.random.default_rng(0)
     kinds = (np.float32, np.int32, bool, jnp.bfloat16)
     tree = {str(i): rng.normal(size=(8, 6)).astype(kind) for i, kind in enumerate(kinds)}
     tree |= {"n": np.int32(3), "none": np.zeros((0, 2), np.float32)}
-    want = store.shares(jax.tree.map(jnp.asarray, tree))
+    want = store.checksum(jax.tree.map(jnp.asarray, tree))
     for mesh in (parallel.make_mesh(2), parallel.make_mesh(8)):
         placed = parallel.compile_step(train.make_step, mesh=mesh, layout=parallel.fsdp(least=2)).place(tree)
         assert len({str(shard.index) for shard in placed["0"].addressable_shards}) == mesh.size
-        assert store.shares(placed) == want
+        assert store.checksum(placed) == want
     one, first = tree["0"], tree["0"].copy()
     first[2, 3] = np.nextafter(first[2, 3], 9)
     swapped, added = one.copy(), one + 0.0
     swapped[[1, 5]], added[0, :2] = swapped[[5, 1]], added[0, 1::-1]
     for other in ({"0": first}, {"0": swapped}, {"0": added}, {"n": np.int32(4)}, {"1": tree["0"], "0": tree["1"]}):
-        assert store.shares(jax.tree.map(jnp.asarray, tree | other)) != want
-
-
-def test_shares_that_do_not_match_their_checksum_are_refused(kit, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "checksum", lambda arrays: None)  # as where no process holds all
-    keeper, tree = train.Checkpoints(tmp_path), {"w": jnp.arange(4.0)}
-    keeper.save(1, tree, {})
-    keeper.wait()
-    assert "shares" in json.loads((tmp_path / "1" / "meta" / "metadata").read_text())
-    assert kit.same_bits(keeper.restore(tree, 1)[0], tree)
-    with monkeypatch.context() as patch:
-        read = keeper._read
-        patch.setattr(keeper, "_read", lambda *a: ({"['w']": jnp.asarray([0, 1, 2, 4.0])}, read(*a)[1]))
-        with pytest.raises(train.CheckpointError, match="do not match their checksum.*begin anew"):
-            keeper.restore(tree, 1)
-    keeper.close()
+        assert store.checksum(jax.tree.map(jnp.asarray, tree | other)) != want
 
 
 @pytest.mark.slow
