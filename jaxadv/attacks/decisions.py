@@ -126,13 +126,13 @@ class Walk(Decision):
         own, point = state.own, state.point
         own = own._replace(tick=own.tick + 1)
         after = (
-            select(fails, self._from(own, point, x), own),
-            self._halved(own, fails, x),
-            self._probed(own, fails, point, x),
-            self._strode(own, fails, point, x),
+            lambda own: select(fails, self._from(own, point, x), own),
+            lambda own: self._halved(own, fails, x),
+            lambda own: self._probed(own, fails, point, x),
+            lambda own: self._strode(own, fails, point, x),
         )
         for phase, new in enumerate(after):
-            own = select(state.own.phase == phase, new, own)
+            own = _where(state.own.phase == phase, new, own)
         return own
 
     def _from(self, own: Own, point, x) -> Own:
@@ -145,8 +145,12 @@ class Walk(Decision):
     def _halved(self, own: Own, fails, x) -> Own:
         middle = (own.low + own.high) / 2
         own = own._replace(low=jnp.where(fails, own.low, middle), high=jnp.where(fails, middle, own.high))
-        reached = own._replace(at=self._blend(own, own.high, x), round=own.round + 1)
-        return select(own.high - own.low <= max(self._finest(x), _FINEST), self._reached(reached, x), own)
+
+        def reached(own):
+            own = own._replace(at=self._blend(own, own.high, x), round=own.round + 1)
+            return self._reached(own, x)
+
+        return _where(own.high - own.low <= max(self._finest(x), _FINEST), reached, own)
 
     def _reached(self, own: Own, x) -> Own:
         return self._probing(own)
@@ -165,8 +169,11 @@ class Walk(Decision):
             con=own.con + jnp.where(wide(fails, x), 0, move),
             yes=own.yes + fails,
         )
-        aimed = self._aim(own, x)._replace(phase=jnp.full_like(own.phase, STRIDE), tick=own.tick * 0)
-        return select(own.tick >= self._count(own), aimed, own)
+
+        def aimed(own):
+            return self._aim(own, x)._replace(phase=jnp.full_like(own.phase, STRIDE), tick=own.tick * 0)
+
+        return _where(own.tick >= self._count(own), aimed, own)
 
     def _voted(self, own: Own):
         """The direction that the probes point to: the mean of `(vote - mean vote) * move`, or of `vote * move`."""
@@ -178,10 +185,9 @@ class Walk(Decision):
     def _propose(self, own: Own, keys, x):
         noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
         middle = self._blend(own, (own.low + own.high) / 2, x)
-        points = (self._drawn(own, noise, x), middle, self._around(own, noise, x), self._ahead(own, noise, x))
-        point = points[0]
-        for phase, new in enumerate(points):
-            point = select(own.phase == phase, new, point)
+        point = select(own.phase == BISECT, middle, self._around(own, noise, x))
+        point = _where(own.phase == START, lambda _: self._drawn(own, noise, x), point)
+        point = _where(own.phase == STRIDE, lambda _: self._ahead(own, noise, x), point)
         return jnp.clip(point, *edges(self.threat.bounds, x))
 
     def _drawn(self, own: Own, noise, x):
@@ -226,6 +232,11 @@ class Walk(Decision):
 
     def _strode(self, own: Own, fails, point, x) -> Own:
         raise TypeError(f"{type(self).__name__} must define _strode")
+
+
+def _where(mine, new, old):
+    """The rows of `new(old)` where they are meant, which is not computed where none is."""
+    return lax.cond(jnp.any(mine), lambda: select(mine, new(old), old), lambda: old)
 
 
 def _uniform(noise):

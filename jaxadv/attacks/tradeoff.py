@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxadv import losses
@@ -105,26 +106,36 @@ class Tradeoff(Rounds):
         """The first state of a descent in a later round."""
         raise TypeError(f"{type(self).__name__} must define _restart")
 
-    def _begun(self, state: State, x) -> State:
-        """Where a round begins: the next constant by bisection, or ten times the last one, and a descent from `x`."""
-        own, rounds = state.own, self.max_steps // self.length
+    def _begun(self, state: State, x, at=None) -> State:
+        """Where a round begins: the next constant by bisection, or ten times the last one, and a descent from `at`."""
         begin = state.step % self.length == 0
+        at = x if at is None else at
+
+        def following():
+            new = self._following(state, x)
+            return select(begin, new, state.own), select(begin, at, state.point)
+
+        own, point = lax.cond(jnp.any(begin), following, lambda: (state.own, state.point))
+        return state._replace(own=own, point=point)
+
+    def _following(self, state: State, x) -> Own:
+        """The next round: its constant, and a fresh descent."""
+        own, rounds = state.own, self.max_steps // self.length
         low = jnp.where(own.hit, own.low, jnp.maximum(own.low, own.constant))
         high = jnp.where(own.hit, jnp.minimum(own.high, own.constant), own.high)
-        following = jnp.where(jnp.isinf(high), jnp.minimum(own.constant * 10, _LARGEST), (low + high) / 2)
+        constant = jnp.where(jnp.isinf(high), jnp.minimum(own.constant * 10, _LARGEST), (low + high) / 2)
         if rounds >= 10:  # the last round repeats the best constant
             again = (state.step == self.max_steps - self.length) & jnp.isfinite(high)
-            following = jnp.where(again, high, following)
+            constant = jnp.where(again, high, constant)
         first = state.step == 0
-        new = Own(
-            constant=jnp.where(first, own.constant, following),
+        return Own(
+            constant=jnp.where(first, own.constant, constant),
             low=jnp.where(first, own.low, low),
             high=jnp.where(first, own.high, high),
             hit=own.hit & False,
             last=jnp.full_like(own.last, jnp.inf),
             descent=self._restart(own.descent, x),
         )
-        return state._replace(own=select(begin, new, own), point=select(begin, x, state.point))
 
     def _ended(self, state: State, before: State, ok, value, halt=None) -> State:
         """Count the step; with `abort` a descent without progress over a tenth of its steps skips the rest of it."""
@@ -178,9 +189,8 @@ class Carlini(Tradeoff):
     def step(self, state: State, model, x, y) -> State:
         """Ask at the point of `w`, then one step of Adam."""
         home = self._bound(self._unbound(x))
-        before = state = self._begun(state, x)
+        before = state = self._begun(state, x, home)
         descent, constant = state.own.descent, state.own.constant
-        state = state._replace(point=self._bound(descent.w))
         state, ok, gap, grad = self._look(state, model, x, y, losses.margin)
         excess = jnp.maximum(gap + self.confidence, 0)
         move = state.point - home
