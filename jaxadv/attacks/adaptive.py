@@ -28,20 +28,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxadv.attacks.draws import Partial, asked, by_parts, eot, folded, noisy
-from jaxadv.core import Attack, Model, Result, Targets, check, joined, run
+from jaxadv.core import Attack, Model, Result, Targets, as_callable, check, joined, run
 from jaxadv.core.rows import flat
-
-
-def as_callable(fn: Any) -> Any:
-    """Return a pytree that can be called.
-
-    Args:
-      fn: such a pytree, or a plain function, which becomes one.
-
-    Returns:
-      The pytree.
-    """
-    return Partial(fn) if jax.tree.leaves(fn) == [fn] else fn
 
 
 def identity(x):
@@ -103,7 +91,7 @@ def straight(forward: Any, backward: Any = identity) -> Model:
     References:
       Athalye et al. 2018, Obfuscated gradients give a false sense of security, sec. 4.1.2, arXiv:1802.00420.
     """
-    return Partial(_straight, as_callable(forward), as_callable(backward))
+    return Partial(_straight, as_callable(forward, "forward"), as_callable(backward, "backward"))
 
 
 @by_parts
@@ -121,7 +109,7 @@ def preprocessed(model: Any, forward: Any) -> Model:
     Returns:
       A model; randomized where one of them is.
     """
-    return Partial(_preprocessed, as_callable(forward), as_callable(model))
+    return Partial(_preprocessed, as_callable(forward, "forward"), as_callable(model))
 
 
 def bpda(model: Any, forward: Any, backward: Any = identity) -> Model:
@@ -217,7 +205,7 @@ def unrolled(step: Any, steps: int) -> Model:
       Croce et al. 2022, Evaluating the adversarial robustness of adaptive test-time defenses, arXiv:2202.13711.
     """
     check.whole("steps", steps)
-    return Partial(_unrolled, as_callable(step), np.arange(steps))
+    return Partial(_unrolled, as_callable(step, "step"), np.arange(steps))
 
 
 @by_parts
@@ -256,7 +244,7 @@ def rejecting(model: Any, detector: Any, *, threshold: Any = 0.0, factor: Any = 
       `(D(x) + 1) max_i z_i`, which asks for positive logits.
     """
     check.positive("factor", factor, "It scales the detector's score to the size of the logits.")
-    return Partial(_rejecting, as_callable(model), as_callable(detector), threshold, factor)
+    return Partial(_rejecting, as_callable(model), as_callable(detector, "detector"), threshold, factor)
 
 
 def sweep(attack: Attack, key: Any, model: Any, x: Any, y: Any, *, classes: int, index: Any = None) -> Result:
@@ -327,7 +315,7 @@ def matched(features: Any, x: Any, y: Any, *, classes: int) -> Model:
     lacking = sorted(set(range(classes)) - set(np.unique(np.asarray(y)).tolist()))
     if lacking:
         raise ValueError(f"each of the {classes} classes needs an example; got none of {lacking[:5]}. Pass more of x.")
-    features = as_callable(features)
+    features = as_callable(features, "features")
     return Partial(_matched, features, flat(features(jnp.asarray(x))), jnp.asarray(y), np.arange(classes))
 
 

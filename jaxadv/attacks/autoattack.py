@@ -11,7 +11,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxadv.core import Attack, Result, Threat, check, feasible, pytree, robust, select, serve, static
+from jaxadv.core import (
+    Attack,
+    Result,
+    Threat,
+    as_callable,
+    check,
+    feasible,
+    pytree,
+    robust,
+    select,
+    serve,
+    static,
+    untyped,
+)
 
 VERSIONS = ("standard", "plus", "rand")
 """Versions of AutoAttack."""
@@ -113,6 +126,7 @@ class Chain(Attack):
     max_steps: int = static()
     early: bool = static(default=True)
 
+    @untyped
     def run(self, key, model, x, y, *, index=None, restart: int = 0) -> Result:
         """Run the chain on one batch.
 
@@ -130,8 +144,9 @@ class Chain(Attack):
 
         Raises:
           ValueError: on inputs of a wrong shape, empty, or outside the threat's bounds.
-          TypeError: on integer inputs or labels that are not integers.
+          TypeError: on integer inputs, labels that are not integers, or a model that cannot be called.
         """
+        model = as_callable(model)
         check.inputs(x, self.threat.bounds)
         x = jnp.asarray(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

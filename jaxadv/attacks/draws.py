@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jaxadv.core import Model, check, example_keys, pytree, robust, static
+from jaxadv.core import Model, as_callable, check, example_keys, pytree, robust, static
 from jaxadv.core.rows import flat
 
 Partial = jax.tree_util.Partial
@@ -171,7 +171,7 @@ def eot(model: Any, key: Any, *, samples: int = 16, mean: str = "loss") -> Expec
             f"eot needs a model that takes keys= beside the batch; got {type(model).__name__}, which does not. "
             "A model without randomness is its own expectation."
         )
-    return Expectation(model, key, samples, mean)
+    return Expectation(as_callable(model), key, samples, mean)
 
 
 def majority(value: Array, verdicts: tuple[Array, Array, Array]) -> Any:
@@ -245,7 +245,7 @@ def noisy(model: Any, sigma: Any) -> Model:
     Returns:
       A model that must be given `keys=`; with `eot` one for attacks.
     """
-    return Partial(_noisy, model, sigma)
+    return Partial(_noisy, as_callable(model), sigma)
 
 
 def survival(key: Any, model: Any, x: Any, y: Any, *, samples: int = 100, index: Any = None) -> Float[Array, " b"]:

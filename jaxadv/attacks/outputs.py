@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxadv.attacks.adaptive import as_callable, feature_distance
+from jaxadv.attacks.adaptive import feature_distance
 from jaxadv.attacks.draws import Partial, asked, by_parts
 from jaxadv.attacks.gradient import GradientAttack, pgd
-from jaxadv.core import Model, Threat, check
+from jaxadv.core import Model, Threat, as_callable, check
 from jaxadv.core.rows import flat
 
 

@@ -25,7 +25,7 @@ from jaxadv.attacks.draws import descend
 from jaxadv.attacks.gradient import GradientAttack, State, mi_fgsm
 from jaxadv.attacks.judge import judge
 from jaxadv.attacks.minimum import ball
-from jaxadv.core import Threat, check, pytree, select, static, step_keys
+from jaxadv.core import Threat, as_callable, check, pytree, select, static, step_keys
 from jaxadv.core.rows import flat, wide
 
 Ask = Callable[[Any, Any, Array], Array]
@@ -265,7 +265,7 @@ def _ensemble(models: Sequence[Any], weights: Any, mix: str) -> Ensemble:
             f"weights must be {len(models)} positive numbers, one for each model; got {weights}. Leave out what is to "
             "count nothing."
         )
-    return Ensemble(tuple(models), tuple((shares / shares.sum()).astype(np.float32)), mix)
+    return Ensemble(tuple(map(as_callable, models)), tuple((shares / shares.sum()).astype(np.float32)), mix)
 
 
 def mean_logits(*models: Any, weights: Any = None) -> Ensemble:

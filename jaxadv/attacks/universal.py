@@ -30,6 +30,7 @@ from jaxadv.core import (
     Model,
     Targets,
     Threat,
+    as_callable,
     canonical,
     check,
     edges,
@@ -119,8 +120,10 @@ class Universal:
         Raises:
           ValueError: on inputs of a wrong shape or outside the bounds, targets where none can be aimed at, or a
             `batch_size` that the number of shards does not divide.
-          TypeError: on inputs that are not real numbers or labels that are not integers.
+          TypeError: on inputs that are not real numbers, labels that are not integers, or a model that cannot be
+            called.
         """
+        model = as_callable(model)
         check.inputs(x, self.threat.bounds)
         x = jnp.asarray(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -546,7 +549,7 @@ def patched(model: Any, change: Float[Array, "s s c"], placement: Placement) -> 
     Returns:
       A model that must be given `keys=`.
     """
-    return Partial(_patched, model, change, placement)
+    return Partial(_patched, as_callable(model), change, placement)
 
 
 UNIVERSAL: dict[str, Callable[..., Universal]] = {

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxadv.core import Model, Threat, check, example_keys, label_of, loop
+from jaxadv.core import Model, Threat, as_callable, check, example_keys, label_of, loop
 
 ABSTAIN = -1
 """The label of an example about which nothing is claimed."""
@@ -346,7 +346,7 @@ def smoothed(key, model: Any, *, sigma: Any, n: int = 64, votes: bool = False) -
     """
     check.whole("n", n)
     check.positive("sigma", sigma, "It is in the units of x.")
-    return Model(_Average(n, votes), model, key, sigma)
+    return Model(_Average(n, votes), as_callable(model), key, sigma)
 
 
 def certificate(*, n0: int = 100, n: int = 10_000, alpha: float = 0.001, batch_size: int = 1000) -> Callable:

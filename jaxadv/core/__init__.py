@@ -28,6 +28,7 @@ from jaxadv.core.serve import advance_board as advance_board
 from jaxadv.core.serve import begin as begin
 from jaxadv.core.serve import block_of as block_of
 from jaxadv.core.serve import serve as serve
+from jaxadv.core.shardings import untyped as untyped
 from jaxadv.core.types import Attack as Attack
 from jaxadv.core.types import Model as Model
 from jaxadv.core.types import Objective as Objective
@@ -36,5 +37,6 @@ from jaxadv.core.types import Result as Result
 from jaxadv.core.types import Targets as Targets
 from jaxadv.core.types import Threat as Threat
 from jaxadv.core.types import Trainable as Trainable
+from jaxadv.core.types import as_callable as as_callable
 from jaxadv.core.types import pytree as pytree
 from jaxadv.core.types import static as static

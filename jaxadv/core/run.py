@@ -11,7 +11,8 @@ from jaxadv.core import check
 from jaxadv.core.keys import example_keys
 from jaxadv.core.loop import canonical, loop
 from jaxadv.core.rows import select
-from jaxadv.core.types import Attack, PyTree, Result
+from jaxadv.core.shardings import untyped
+from jaxadv.core.types import Attack, PyTree, Result, as_callable
 
 
 def advance(attack: Attack, state: PyTree, model, x, y) -> PyTree:
@@ -30,6 +31,7 @@ def advance(attack: Attack, state: PyTree, model, x, y) -> PyTree:
     return select(attack.done(state), state, attack.step(state, model, x, y))
 
 
+@untyped
 def run(attack: Attack, key, model, x, y, *, index=None, restart=0) -> Result:
     """Run an attack to its end on one batch. Pure: jit, vmap or shard it as you like.
 
@@ -47,8 +49,9 @@ def run(attack: Attack, key, model, x, y, *, index=None, restart=0) -> Result:
 
     Raises:
       ValueError: on inputs of a wrong shape, empty, or (when known now) outside the threat's bounds.
-      TypeError: on integer inputs or labels that are not integers.
+      TypeError: on integer inputs, labels that are not integers, or a model that cannot be called.
     """
+    model = as_callable(model)
     check.inputs(x, attack.threat.bounds)
     x = jnp.asarray(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # budgets and boxes are not representable in bfloat16

@@ -27,7 +27,7 @@ from jaxadv.core import check
 from jaxadv.core.keys import example_keys
 from jaxadv.core.loop import canonical
 from jaxadv.core.rows import select
-from jaxadv.core.types import Attack, PyTree, Result
+from jaxadv.core.types import Attack, PyTree, Result, as_callable
 
 
 class Data(NamedTuple):
@@ -254,8 +254,9 @@ def serve(
 
     Raises:
       ValueError: if `slots` is not at least 1, or on inputs of a wrong shape, empty, or outside the threat's bounds.
-      TypeError: on integer inputs or labels that are not integers.
+      TypeError: on integer inputs, labels that are not integers, or a model that cannot be called.
     """
+    model = as_callable(model)
     check.whole("slots", slots)
     check.inputs(x, attack.threat.bounds)
     x = jnp.asarray(x)

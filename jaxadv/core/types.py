@@ -20,6 +20,29 @@ PyTree = Any
 _T = TypeVar("_T")
 
 
+def as_callable(fn: Any, what: str = "model") -> Any:
+    """Return a pytree that can be called, as jitted functions take it.
+
+    Args:
+      fn: such a pytree, or a plain function, which becomes one (its arrays then count as constants: a new function
+        compiles anew).
+      what: what it is, for the message.
+
+    Returns:
+      The pytree.
+
+    Raises:
+      TypeError: if it cannot be called.
+    """
+    if not callable(fn):
+        cure = "Make one of it with models.model." if isinstance(fn, Trainable) else "Arguments in another order?"
+        raise TypeError(
+            f"{what} must be a function of a batch, or a pytree that is one; got {type(fn).__name__}. {cure}"
+        )
+    leaves = jax.tree.leaves(fn)
+    return Model(fn) if len(leaves) == 1 and leaves[0] is fn else fn
+
+
 @dataclass_transform(frozen_default=True, eq_default=False)
 def pytree(cls: type[_T]) -> type[_T]:
     """Make a frozen dataclass a pytree; fields declared with `static()` become part of its structure.

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxadv.core import check, example_keys, robust
+from jaxadv.core import as_callable, check, example_keys, robust
 from jaxadv.corruptions import BENCHMARK, CORRUPTIONS, SEVERITIES, affine_warp
 from jaxadv.corruptions.image import luma
 from jaxadv.evaluate.intervals import clopper_pearson
-from jaxadv.evaluate.verdict import as_pytree, batches
+from jaxadv.evaluate.verdict import batches
 
 ALEXNET = dict(
     zip(
@@ -316,7 +316,7 @@ def report_card(
     for name in names:
         check.choice("corruption", name, CORRUPTIONS)
     index = np.arange(len(x), dtype=np.int32) if index is None else np.asarray(index, np.int32)
-    model, n, batch = as_pytree(model), len(x), min(batch_size, len(x))
+    model, n, batch = as_callable(model), len(x), min(batch_size, len(x))
     every = np.arange(n)
 
     def right(change: Change, at: Any, rows: np.ndarray = every) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxadv.attacks import fgsm, pgd, square
 from jaxadv.attacks.blackbox import NORMS
-from jaxadv.core import Attack, Threat, check, edges, example_keys, loop, robust, step_keys
+from jaxadv.core import Attack, Threat, as_callable, check, edges, example_keys, loop, robust, step_keys
 from jaxadv.core.run import advance
 from jaxadv.evaluate import flags as red
 from jaxadv.evaluate.flags import Flag
@@ -480,9 +480,7 @@ def diagnose(
             f"diagnose takes one budget for all examples; got eps of shape {np.shape(threat.eps)}. "
             "Diagnose at the largest."
         )
-    leaves = jax.tree.leaves(model)
-    if len(leaves) == 1 and leaves[0] is model:  # a plain function
-        model = jax.tree_util.Partial(model)
+    model = as_callable(model)
     index = np.arange(len(x), dtype=np.int32) if index is None else np.asarray(index, np.int32)
     right = [np.asarray(robust(model(x[i : i + 500]), jnp.asarray(y[i : i + 500]))) for i in range(0, len(x), 500)]
     rows = np.flatnonzero(np.concatenate(right))[:n]

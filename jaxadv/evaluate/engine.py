@@ -33,7 +33,7 @@ import numpy as np
 
 from jaxadv import parallel
 from jaxadv.attacks.autoattack import fitting, transfer
-from jaxadv.core import Threat, check, example_keys
+from jaxadv.core import Threat, as_callable, check, example_keys
 from jaxadv.evaluate.findings import cost_of, diagnosed, entry_of
 from jaxadv.evaluate.inputs import TARGET_RULES as TARGET_RULES
 from jaxadv.evaluate.inputs import Problem, check_curve, choose_targets, data_entry, problem_of, versions
@@ -43,7 +43,7 @@ from jaxadv.evaluate.ledger import Ledger, Outcome, Progress, Seen, Work
 from jaxadv.evaluate.protocols import PROTOCOLS, Each, Stage, build, describe, stages_of, with_eps
 from jaxadv.evaluate.report import CERTIFIED, MISCLASSIFIED, ROBUST, Report
 from jaxadv.evaluate.slots import Server
-from jaxadv.evaluate.verdict import as_pytree, batches, cut, logits_of
+from jaxadv.evaluate.verdict import batches, cut, logits_of
 from jaxadv.evaluate.verdict import verify as verify
 
 
@@ -466,7 +466,7 @@ def _stages(
     if named:  # what was asked for by itself is tried, and says itself what it needs
         stages, left_out = fitting(stages, problem.x.shape[1:], targeted)
     if surrogate is not None:
-        stages = (*stages, Stage(lambda threat: transfer(threat, as_pytree(surrogate))))
+        stages = (*stages, Stage(lambda threat: transfer(threat, as_callable(surrogate, "surrogate"))))
     return stages, left_out
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadv import __version__
-from jaxadv.core import Targets, Threat, check, example_keys
-from jaxadv.evaluate.verdict import Verdict, as_pytree, cut, host, judge
+from jaxadv.core import Targets, Threat, as_callable, check, example_keys
+from jaxadv.evaluate.verdict import Verdict, cut, host, judge
 
 TARGET_RULES = ("random", "next", "least_likely")
 
@@ -207,7 +207,7 @@ def problem_of(
     y = np.asarray(y)
     check.labels(y, len(x))
     cut(threat, np.zeros(1, int), len(x))
-    model = as_pytree(model)
+    model = as_callable(model)
     classes = check_model(model, x[: min(batch_size, len(x))])
     check.labels(y, len(x), classes)
     index = np.arange(len(x)) if index is None else np.asarray(index)

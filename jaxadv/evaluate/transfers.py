@@ -28,14 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadv.core import Attack, atomic_write, check, edges, example_keys, feasible
+from jaxadv.core import Attack, as_callable, atomic_write, check, edges, example_keys, feasible
 from jaxadv.evaluate.inputs import check_model, data_entry, problem_of, versions
 from jaxadv.evaluate.intervals import share
 from jaxadv.evaluate.markdown import data_words, interval, percent, table, threat_words
 from jaxadv.evaluate.protocols import describe
 from jaxadv.evaluate.report import dumps
 from jaxadv.evaluate.slots import drain
-from jaxadv.evaluate.verdict import as_pytree, host, logits_of
+from jaxadv.evaluate.verdict import host, logits_of
 
 SCHEMA = "jaxadv.transfers/1"
 """Name and version of the JSON form."""
@@ -253,8 +253,8 @@ def transfer_table(
         check.positive("every deviation of noise", deviation, "The first row of the table is without noise.")
     if magnify is not None:
         check.positive("magnify", magnify, "None leaves perturbations as they are.")
-    threat, made = attack.threat, {name: as_pytree(model) for name, model in sources.items()}
-    asked = {name: as_pytree(model) for name, model in victims.items()}
+    threat, made = attack.threat, {name: as_callable(model) for name, model in sources.items()}
+    asked = {name: as_callable(model) for name, model in victims.items()}
     problem, classes = problem_of(key, next(iter(made.values())), x, y, threat, index, batch_size)
     for model in [*made.values(), *asked.values()]:
         if check_model(model, problem.x[: problem.batch]) != classes:

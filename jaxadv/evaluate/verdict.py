@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxadv.core import Targets, Threat, feasible
+from jaxadv.core import Targets, Threat, as_callable, feasible
 from jaxadv.threats import THREATS
 
 
@@ -105,7 +105,7 @@ def verify(model: Any, x_adv: Any, x: Any, y: Any, threat: Threat, *, batch_size
     x_adv, x = np.asarray(x_adv, np.float32), np.asarray(x, np.float32)
     if x_adv.shape != x.shape:
         raise ValueError(f"x_adv must have the shape of x, {x.shape}; got {x_adv.shape}. Points of another selection?")
-    return judge(as_pytree(model), x_adv, x, y, host(threat), min(batch_size, len(x)))
+    return judge(as_callable(model), x_adv, x, y, host(threat), min(batch_size, len(x)))
 
 
 def judge(model: Any, x_adv: np.ndarray, x: np.ndarray, y: Any, threat: Threat, batch: int) -> Verdict:
@@ -196,7 +196,7 @@ def _complaints(x: np.ndarray, entry: Any, model: Any, batch_size: int) -> list[
     ]
     if model is None:
         return found
-    logits = logits_of(as_pytree(model), points, batch_size)
+    logits = logits_of(as_callable(model), points, batch_size)
     predicted = np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
     told = np.asarray(columns["adversarial"])[rows]
     found += [
@@ -207,19 +207,6 @@ def _complaints(x: np.ndarray, entry: Any, model: Any, batch_size: int) -> list[
         (int(r), f"the model says {p}, the report {t}.") for r, p, t in zip(rows[other], predicted[other], told[other])
     ]
     return found
-
-
-def as_pytree(model: Any) -> Any:
-    """Make a plain function a pytree; leave pytrees alone.
-
-    Args:
-      model: logits from a batch.
-
-    Returns:
-      The model as jitted functions take it.
-    """
-    leaves = jax.tree.leaves(model)
-    return jax.tree_util.Partial(model) if len(leaves) == 1 and leaves[0] is model else model
 
 
 def host(threat: Threat) -> Threat:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxadv.core import check, pytree, rows, static
+from jaxadv.core import as_callable, check, pytree, rows, static
 from jaxadv.core.types import Threat
 
 
@@ -262,4 +262,4 @@ def behind(threat: Semantic, model: Any) -> Behind:
     Returns:
       The model that attacks on this threat are given.
     """
-    return Behind(threat, model)
+    return Behind(threat, as_callable(model))

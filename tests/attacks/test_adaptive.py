@@ -18,6 +18,7 @@ from jaxadv.attacks import (
     fgsm,
     identity,
     matched,
+    mean_logits,
     noisy,
     pgd,
     preprocessed,
@@ -354,3 +355,19 @@ def test_evading_is_fooled_and_undetected_and_wants_targets():
         attack.run(KEY, rejecting(MODEL, DETECTOR), x, y)
     with pytest.raises(ValueError, match="way"):
         evading(linf(0.1), way="both")
+
+
+def test_plain_functions_may_be_wrapped_and_jitted():
+    def plain(x):
+        return linear(W, x)
+
+    wraps = (
+        lambda model: preprocessed(model, quantize),
+        lambda model: rescaled(model, 2.0),
+        lambda model: smoothed(model, KEY, sigma=0.1, samples=2),
+        lambda model: rejecting(model, lambda x: x[:, 0]),
+        mean_logits,
+    )
+    got, want = (jax.jit(lambda made: [model(X) for model in made])([w(m) for w in wraps]) for m in (plain, MODEL))
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

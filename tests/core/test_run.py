@@ -1,12 +1,16 @@
 """The derived drivers against hand-written loops over the protocol."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
-from jaxadv import core
+from jaxadv import core, models
 from jaxadv.attacks import best_of, pgd
 from jaxadv.core import Result, advance, example_keys, pytree, run, select, serve, static
 from jaxadv.threats import linf
@@ -104,6 +108,28 @@ def test_best_of_is_a_loop_over_restarts():
     close(one, runs[0])
 
 
+def test_a_plain_function_is_a_model():
+    def plain(x):
+        return MODEL(x)
+
+    attack = Walk(threat=linf(1.0), level=-0.5, max_steps=2)
+    want = jax.jit(run)(attack, KEY, MODEL, X, Y)
+    close(jax.jit(lambda w, x: attack.run(KEY, lambda v: MODEL.func(w, v), x, Y))(MODEL.args[0], X), want)
+    close(serve(attack, KEY, plain, X, Y, slots=2), want)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rows_may_be_shared_over_devices_by_their_type(known):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    split, index = NamedSharding(mesh, P("data")), np.asarray([4, 9, 2, 7, 0, 1], np.int32)
+    attack = Walk(threat=linf(1.0), level=-0.5)
+    x, y, i = (jax.device_put(a, split) for a in (X, Y, index))
+    with jax.set_mesh(mesh) if known else contextlib.nullcontext():
+        got = jax.jit(lambda model, x, y, i: attack.run(KEY, model, x, y, index=i))(MODEL, x, y, i)
+    assert all(leaf.sharding.spec[0] == "data" for leaf in jax.tree.leaves(got))
+    close(jax.device_get(got), run(attack, KEY, MODEL, X, Y, index=index))
+
+
 def test_select_chooses_rows_of_any_rank():
     yes, no = {"a": jnp.ones((3, 2, 2)), "b": jnp.ones(3)}, {"a": jnp.zeros((3, 2, 2)), "b": jnp.zeros(3)}
     got = select(jnp.asarray([True, False, True]), yes, no)
@@ -134,6 +160,10 @@ def test_refusals():
         best_of(attack, KEY, MODEL, X, Y, restarts=0)
     with pytest.raises(ValueError, match=r"the model's output must be logits"):
         run(attack, KEY, Partial(lambda x: x[:, 0]), X, Y)
+    net = models.create("mlp", KEY, shape=(5,), classes=3, widths=(4,))
+    for model, cure in ((net, r"Trainable\. Make one of it with models\.model"), (X, r"another order\?")):
+        with pytest.raises(TypeError, match=rf"model must be a function of a batch.*got .*{cure}"):
+            attack.run(KEY, model, X, Y)
 
 
 def test_a_board_serves_chosen_rows_chunk_by_chunk():

@@ -422,6 +422,16 @@ def test_other_batch_shapes_and_shards_change_rounding_only(attack, threat):
     same(jax.device_get(sharded(x, y, i)), whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ["apgd_t", "square", "nes", "geoda", "carlini"])
+def test_rows_shared_over_devices_by_their_type_change_rounding_only(attack):
+    """What types have no rules for: rows of tables, draws beside rows, several points of a row."""
+    a, model, index = wire(*FIRST[attack]), dense_model(), np.arange(16)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x, y, i = (jax.device_put(v, jax.sharding.NamedSharding(mesh, P("data"))) for v in batch(index))
+    same(jax.device_get(run(a, jax.random.key(0), model, x, y, i)), answer(a, model, index))
+
+
 @pytest.mark.parametrize(("attack", "threat"), [("pgd", "linf"), ("pgd", "l1"), ("mi_fgsm", "l2"), ("r_fgsm", "union")])
 def test_in_float64_other_batch_shapes_decide_the_same(attack, threat):
     with jax.enable_x64(True):
