@@ -2,9 +2,9 @@
 
 MNIST, `cnn_small`, no attacks in training. Three networks for each seed: standard training, the Jacobian's norm alone,
 and J-SIGR. Examples of the momentum iterative method, made on two networks that were trained on other images (a
-convolutional one and a perceptron), are shown to all; AutoAttack at a smaller budget judges them apart, because a
-defense that stops transferred examples alone may do so by hiding its gradients. Clearer: the share of the l1 norm of
-the input gradient that falls on the patches on which the prediction depends the most, by occlusion.
+convolutional one and a perceptron), are shown to all; AutoAttack (the protocol `fast`) at a smaller budget judges them
+apart, because a defense that stops transferred examples alone may do so by hiding its gradients. Clearer: the share of
+the l1 norm of the input gradient that falls on the patches on which the prediction depends the most, by occlusion.
 """
 
 from functools import partial
@@ -33,8 +33,8 @@ CLAIM = {
         "epochs": 15,
         "weights": (0.01, 0.01),
         "patch": 7,
-        "test": 1_000,
-        "judge": "standard",
+        "test": 500,
+        "judge": "fast",
     },
     "smoke": {"data": "digits", "train": 100, "epochs": 1, "patch": 4, "test": 10},
 }
