@@ -81,8 +81,7 @@ class Composite(GradientAttack):
         if self.order == "random":
             return state
         if self.order == "fixed":
-            still = jnp.broadcast_to(jnp.arange(n, dtype=x.dtype)[None], (x.shape[0], n)) + 0 * state.point[:, :n]
-            return state._replace(point=self._ordered(state.point, still))
+            return state._replace(point=self._ordered(state.point, x[:, :n]))
         soft = sinkhorn(jax.vmap(lambda key: jax.random.uniform(key, (n, n), x.dtype))(mine) + 0 * x[:, :1, None])
         return state._replace(point=self._ordered(state.point, greedy(soft)), memory=(mine, soft))
 
@@ -146,9 +145,9 @@ def composite(
     """Return the composite adversarial attack: transformations in sequence, parameters by signs of gradients.
 
     Args:
-      threat: a semantic threat of one or more components; its first order is the fixed one.
-      order: `"fixed"`; `"random"`, one order for each row, drawn once; or `"scheduled"`, chosen anew after every
-        `inner` steps along the gradient of a doubly stochastic matrix.
+      threat: a semantic threat of one or more components.
+      order: `"fixed"`, that of the packed row, `threat.pack(x, order)`; `"random"`, one order for each row, drawn once;
+        or `"scheduled"`, chosen anew after every `inner` steps along the gradient of a doubly stochastic matrix.
       outer: number of orders that a scheduled row tries; with another order the steps are as many.
       inner: steps in each, with the length `2.5 / inner` of half a range by default.
       early: stop a row once it is broken and return it as it was found.

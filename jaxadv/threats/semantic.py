@@ -92,24 +92,35 @@ class Semantic(Threat):
         box = (xp.broadcast_to(xp.asarray(end, np.float32), self.shape).reshape(-1) for end in self.box)
         return tuple(xp.concatenate(part) for part in zip(order, (low, high), box))  # pyright: ignore
 
-    def pack(self, x: Any) -> Array:
+    def pack(self, x: Any, order: Any = None) -> Array:
         """Lay images out as packed rows that change nothing.
 
         Args:
           x: `[b, *shape]` images.
+          order: int `[n]` or `[b, n]`, which component comes first, second, ...; None is the order of the threat. May
+            be traced; one that is no permutation is then infeasible.
 
         Returns:
           `[b, n + m + d]`.
 
         Raises:
-          ValueError: on images of another shape.
+          ValueError: on images of another shape, or a known order that is no permutation of the components.
         """
         x = jnp.asarray(x)
         if x.shape[1:] != self.shape:
             raise ValueError(f"images must have the shape {self.shape} that the threat is for; got {x.shape[1:]}.")
-        still = np.concatenate([np.arange(self.count), self._table()[1]]).astype(np.float32)
-        still = jnp.broadcast_to(jnp.asarray(still, x.dtype)[None], (x.shape[0], still.size))
-        return jnp.concatenate([still, rows.flat(x)], axis=-1)
+        order = np.arange(self.count) if order is None else order
+        known = check.concrete(order)
+        if known is not None and (known.ndim not in (1, 2) or np.any(np.sort(known) != np.arange(known.shape[-1]))):
+            raise ValueError(f"order must name each of the {self.count} components once, from 0; got {known.tolist()}.")
+        if np.shape(order) not in ((self.count,), (len(x), self.count)):
+            raise ValueError(
+                f"order must have the shape [{self.count}] or [{len(x)}, {self.count}]; got {list(np.shape(order))}. "
+                "Name every component."
+            )
+        parts = jnp.asarray(order), jnp.asarray(self._table()[1])
+        still = [jnp.broadcast_to(part.astype(x.dtype), (x.shape[0], part.shape[-1])) for part in parts]
+        return jnp.concatenate([*still, rows.flat(x)], axis=-1)
 
     def values(self, point: Any) -> tuple[Int[Array, "b n"], list[Array]]:
         """Read order and parameters off packed rows.

@@ -142,6 +142,24 @@ def test_orders_that_are_fixed_or_random_stay_as_they_were():
         assert len(np.unique(orders[0], axis=0)) == 1 if order == "fixed" else len(np.unique(orders[0], axis=0)) > 2
 
 
+@pytest.mark.slow
+def test_a_fixed_order_is_that_of_the_row():
+    """The same components in another first order, and rows with an order each."""
+    attack = composite(THREAT, order="fixed", outer=2, inner=2, early=False, start="zero")
+    every = list(itertools.permutations(range(3)))
+    order = np.array([every[i % 6] for i in range(B)])
+    go = jax.jit(lambda x: attack.run(KEY, behind(THREAT, MODEL), x, jnp.asarray(Y)))
+    each = go(THREAT.pack(X, order))
+    np.testing.assert_array_equal(THREAT.values(each.x)[0], order)
+    other = semantic([PARTS[i] for i in every[4]], SHAPE)
+    turned = composite(other, order="fixed", outer=2, inner=2, early=False, start="zero")
+    want = jax.jit(lambda x: turned.run(KEY, behind(other, MODEL), x, jnp.asarray(Y)))(other.pack(X))
+    np.testing.assert_allclose(THREAT.images(each.x)[4], other.images(want.x)[4], atol=1e-5)
+    got = go(THREAT.pack(X, every[4]))
+    np.testing.assert_allclose(got.score, want.score, atol=1e-4)
+    assert np.abs(got.score - go(THREAT.pack(X)).score).max() > 1e-3  # order matters here
+
+
 def test_rows_that_are_broken_stop_and_stay():
     found = found_by(composite(THREAT, outer=3, inner=2))
     whole = found_by(SCHEDULED)
@@ -160,5 +178,8 @@ def test_settings_that_make_no_sense_are_refused():
             composite(THREAT, **{setting: 0})
     with pytest.raises(ValueError, match="order"):
         composite(THREAT, order="sorted")
+    for wrong, words in (((0, 0, 2), "once"), ((0, 1), r"shape \[3\]"), (1, "once")):
+        with pytest.raises(ValueError, match=f"order must .*{words}"):
+            THREAT.pack(X, wrong)
     with pytest.raises(TypeError, match="packed rows"):
         SCHEDULED.run(KEY, MODEL, THREAT.pack(X), Y)
