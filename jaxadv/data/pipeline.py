@@ -12,6 +12,7 @@ Nothing here depends on timing, on the number of processes or on the platform: s
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import signal
 import sys
@@ -400,12 +401,17 @@ def stream(
 
 def _pulled(made: Any, place: Callable[[Any], Any], steps: Iterator[int], prefetch: int) -> Generator[Any, None, None]:
     """Hand out what workers made, each copied from shared memory and placed by the background thread; end them."""
+    rows: Any = iter(made)  # workers start with the first batch
 
     def pull(step: int) -> Any:
         return place({name: np.array(value) for name, value in next(rows).items()})
 
-    with contextlib.closing(iter(made)) as rows:  # workers start with the first batch
-        yield from _ahead(pull, steps, prefetch)
+    try:
+        with contextlib.closing(rows):
+            yield from _ahead(pull, steps, prefetch)
+    finally:
+        made = rows = None
+        gc.collect()  # grain ends by an exception whose frames hold the last batch, and its shared memory, in a cycle
 
 
 @dataclasses.dataclass(frozen=True)

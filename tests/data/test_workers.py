@@ -1,9 +1,12 @@
 """Batches that grain's worker processes make are those of this process, and they end with the stream."""
 
 import functools
+import gc
 import multiprocessing
 import os
 import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -30,12 +33,23 @@ def workers():
     return [child for child in multiprocessing.active_children() if "grain" in child.name]
 
 
+def shared():
+    """Blocks of shared memory, where the system shows them."""
+    return {path.name for path in Path("/dev/shm").glob("psm_*")}
+
+
 @pytest.mark.parametrize("count, prefetch", [(1, 0), (2, 2)])
 def test_workers_make_the_same_stream_from_any_step(count, prefetch):
     source = data.load("digits")
     read = functools.partial(data.batches, source, 200, seed=3, epochs=2, drop_last=False, process=(1, 2))
+    before = shared()
+    gc.disable()
     same(read(start=3), read(start=3, workers=count, prefetch=prefetch))
-    assert not workers()
+    deadline = time.monotonic() + 10
+    while shared() - before and time.monotonic() < deadline:  # a thread unlinks
+        time.sleep(0.05)
+    gc.enable()
+    assert not workers() and not shared() - before
 
 
 def test_blends_samples_and_records_can_be_read_by_workers(tmp_path):
