@@ -165,9 +165,25 @@ def process_rows(batch_size: int, process: tuple[int, int]) -> slice:
     return slice(i * rows, (i + 1) * rows)
 
 
+def as_floats(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Make floats of stored bytes.
+
+    Args:
+      batch: `x`, with `scale` beside it where `x` is bytes, and whatever else.
+
+    Returns:
+      The batch without `scale`; `x` float32, divided by it.
+    """
+    if "scale" not in batch:
+        return batch
+    floats = batch["x"].astype(np.float32) / np.float32(batch["scale"])
+    return {name: floats if name == "x" else value for name, value in batch.items() if name != "scale"}
+
+
 def make_batch(
-    source: Readable, positions: Any, size: int | None = None, *, process: tuple[int, int] = (0, 1)
-) -> dict[str, np.ndarray]:
+    source: Readable, positions: Any, size: int | None = None, *, process: tuple[int, int] = (0, 1),
+    stored: bool = False,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Gather one batch of static shape.
 
     Args:
@@ -175,6 +191,7 @@ def make_batch(
       positions: integers [k] into the source, in [0, len(source)); -1 marks a row that is padding.
       size: rows of the global batch, at least k; the rest is padding. Default k.
       process: (i, n): return only the rows of process i of n.
+      stored: give `x` as the source keeps it (`Source.stored`), to be finished by `as_floats`.
 
     Returns:
       `x` float32 [b, ...], `y` int32 [b], `index` int32 [b] (index in the data set; -1 for padding) and `mask` bool [b]
@@ -203,9 +220,10 @@ def make_batch(
     places = places[process_rows(size, process)]
     mask = places >= 0
     real = np.where(mask, places, 0)
-    batch = source[real]
+    kept = getattr(source, "stored", None) if stored else None
+    batch = source[real] if kept is None else kept(real)
     index = np.where(mask, np.asarray(source.index)[real], -1).astype(np.int32)
-    return {"x": batch["x"], "y": batch["y"], "index": index, "mask": mask}
+    return {name: batch[name] for name in ("x", "y", "scale") if name in batch} | {"index": index, "mask": mask}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +299,11 @@ class Reader:
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """Return the batch of a step."""
-        return make_batch(self.source, self.positions(step), self.rows, process=self.process)
+        return as_floats(self.stored(step))
+
+    def stored(self, step: int) -> dict[str, np.ndarray]:
+        """Return it as the source keeps it: what travels between processes."""
+        return make_batch(self.source, self.positions(step), self.rows, process=self.process, stored=True)
 
 
 def batches(
@@ -404,7 +426,7 @@ def _pulled(made: Any, place: Callable[[Any], Any], steps: Iterator[int], prefet
     rows: Any = iter(made)  # workers start with the first batch
 
     def pull(step: int) -> Any:
-        return place({name: np.array(value) for name, value in next(rows).items()})
+        return place(as_floats({name: np.array(value) for name, value in next(rows).items()}))
 
     try:
         with contextlib.closing(rows):
@@ -426,7 +448,7 @@ class _Steps:
         return (sys.maxsize if self.stop is None else max(self.stop, self.start)) - self.start
 
     def __getitem__(self, index: int) -> Any:
-        return self.read(self.start + int(index))
+        return getattr(self.read, "stored", self.read)(self.start + int(index))
 
 
 def _made_by_workers(read: Callable[[int], Any], start: int, stop: int | None, workers: int, depth: int) -> Any:

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from jaxadv.core import check
-from jaxadv.data.pipeline import balanced_order
+from jaxadv.data.pipeline import as_floats, balanced_order
 
 SPLITS = ("train", "validation", "test", "train+validation")
 
@@ -145,14 +145,26 @@ class Source:
         return len(self.index)
 
     def __getitem__(self, indices: Any) -> dict[str, np.ndarray]:
-        x, y = self._read(self.index[_positions(indices, len(self))])
-        return {"x": x, "y": y}
+        return as_floats(self.stored(indices))
+
+    def stored(self, indices: Any) -> dict[str, np.ndarray]:
+        """Return rows as they are kept: in a quarter of the memory, where that is bytes.
+
+        Args:
+          indices: positions, as `source[positions]` takes them.
+
+        Returns:
+          `x` uint8 `[k, *shape]` with `scale` float32 `[]` beside it, or `x` float32; and `y` int32 `[k]`.
+        """
+        return self._kept(self.index[_positions(indices, len(self))])
+
+    def _kept(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        x, y = self.store.read(rows)
+        return {"x": x, "y": y} | ({"scale": np.asarray(self.store.scale, np.float32)} if x.dtype == np.uint8 else {})
 
     def _read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        x, y = self.store.read(rows)
-        if x.dtype == np.uint8:
-            x = x.astype(np.float32) / np.float32(self.store.scale)
-        return x, y
+        batch = as_floats(self._kept(rows))
+        return batch["x"], batch["y"]
 
     def all(self) -> tuple[Float32[np.ndarray, "n ..."], Int32[np.ndarray, "n"]]:
         """Return every example, (x, y). Decoded images stay in memory as bytes; the arrays are the caller's own."""

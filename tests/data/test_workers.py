@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxadv import data, privacy
-from jaxadv.data.pipeline import stream
+from jaxadv.data.pipeline import Reader, stream
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +50,18 @@ def test_workers_make_the_same_stream_from_any_step(count, prefetch):
         time.sleep(0.05)
     gc.enable()
     assert not workers() and not shared() - before
+
+
+def test_bytes_travel_as_bytes():
+    """A quarter of the memory between processes; floats, and sources without bytes, travel as they are."""
+    digits = data.load("digits")
+    reader = Reader(digits, lambda step: np.arange(step, step + 4), 6, (0, 2))
+    kept = reader.stored(5)
+    assert kept["x"].dtype == np.uint8 and kept["x"].shape == (3, 8, 8, 1) and kept["scale"] == 16
+    np.testing.assert_array_equal(reader(5)["x"], kept["x"] / np.float32(16))
+    assert list(reader(5)) == ["x", "y", "index", "mask"] and "scale" not in digits[:2]
+    floats = data.arrays(digits[:9]["x"], digits.y[:9])
+    assert Reader(floats, lambda step: np.arange(2), 2).stored(0)["x"].dtype == np.float32
 
 
 def test_blends_samples_and_records_can_be_read_by_workers(tmp_path):
