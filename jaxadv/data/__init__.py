@@ -12,8 +12,8 @@ from jaxadv.data.catalog import load as load
 from jaxadv.data.catalog import root as root
 from jaxadv.data.catalog import tfds_source as tfds_source
 from jaxadv.data.pipeline import Readable as Readable
-from jaxadv.data.pipeline import balanced_order as balanced_order
 from jaxadv.data.pipeline import as_floats as as_floats
+from jaxadv.data.pipeline import balanced_order as balanced_order
 from jaxadv.data.pipeline import batches as batches
 from jaxadv.data.pipeline import check_workers as check_workers
 from jaxadv.data.pipeline import epoch_and_step as epoch_and_step
