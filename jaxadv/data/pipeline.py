@@ -299,7 +299,7 @@ class Reader:
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """Return the batch of a step."""
-        return as_floats(self.stored(step))
+        return make_batch(self.source, self.positions(step), self.rows, process=self.process)
 
     def stored(self, step: int) -> dict[str, np.ndarray]:
         """Return it as the source keeps it: what travels between processes."""

@@ -145,7 +145,7 @@ class Source:
         return len(self.index)
 
     def __getitem__(self, indices: Any) -> dict[str, np.ndarray]:
-        return as_floats(self.stored(indices))
+        return as_floats(self._kept(self.index[_positions(indices, len(self))]))
 
     def stored(self, indices: Any) -> dict[str, np.ndarray]:
         """Return rows as they are kept: in a quarter of the memory, where that is bytes.
@@ -154,8 +154,11 @@ class Source:
           indices: positions, as `source[positions]` takes them.
 
         Returns:
-          `x` uint8 `[k, *shape]` with `scale` float32 `[]` beside it, or `x` float32; and `y` int32 `[k]`.
+          `x` uint8 `[k, *shape]` with `scale` float32 `[]` beside it, or `x` float32; and `y` int32 `[k]`. A subclass
+          that reads in a way of its own gives what it reads.
         """
+        if type(self).__getitem__ is not Source.__getitem__:
+            return self[indices]
         return self._kept(self.index[_positions(indices, len(self))])
 
     def _kept(self, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ what is read lies as the pattern does, so another number of devices or processes
 """
 
 import functools
+import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,6 +100,11 @@ def checksum(arrays: Mapping[str, Any]) -> int:
     return total % 2**64
 
 
+def _not_told_twice(record: logging.LogRecord) -> bool:
+    """Whether to log a record: not the traceback of an error that orbax raises as well, for `_guard` to tell."""
+    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+
+
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
@@ -112,6 +118,7 @@ class Checkpoints:
     def __init__(self, folder: Path):
         import orbax.checkpoint as ocp
 
+        logging.getLogger("absl").addFilter(_not_told_twice)  # adding it again changes nothing
         self._ocp, self.folder, self.best = ocp, folder, None
         try:
             folder.mkdir(parents=True, exist_ok=True)

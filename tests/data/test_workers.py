@@ -1,5 +1,6 @@
 """Batches that grain's worker processes make are those of this process, and they end with the stream."""
 
+import dataclasses
 import functools
 import gc
 import multiprocessing
@@ -60,6 +61,13 @@ def test_bytes_travel_as_bytes():
     assert kept["x"].dtype == np.uint8 and kept["x"].shape == (3, 8, 8, 1) and kept["scale"] == 16
     np.testing.assert_array_equal(reader(5)["x"], kept["x"] / np.float32(16))
     assert list(reader(5)) == ["x", "y", "index", "mask"] and "scale" not in digits[:2]
+
+    class Dark(type(digits)):
+        def __getitem__(self, indices):
+            return super().__getitem__(indices) | {"x": np.zeros((len(indices), 8, 8, 1), np.float32)}
+
+    dark = Dark(**{field.name: getattr(digits, field.name) for field in dataclasses.fields(digits)})
+    assert Reader(dark, lambda step: np.arange(2), 2).stored(0)["x"].dtype == np.float32
     floats = data.arrays(digits[:9]["x"], digits.y[:9])
     assert Reader(floats, lambda step: np.arange(2), 2).stored(0)["x"].dtype == np.float32
 

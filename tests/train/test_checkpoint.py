@@ -271,7 +271,7 @@ def test_a_checksum_does_not_depend_on_how_arrays_lie_but_on_every_value_and_pla
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # orbax's writing thread
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs limits on file size")
-def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_is_intact(kit, key, tmp_path):
+def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_is_intact(kit, key, tmp_path, caplog):
     """Files may not grow past 8 KiB from step 9 on; the network needs more. What was committed by then serves."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -289,6 +289,7 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoint_before_is_intact(kit, k
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(tmp_path / "a") in str(caught.value)
+    assert not [record for record in caplog.records if record.exc_info]  # one error, told once
     del caught  # it holds orbax's unfinished writers
     gc.collect()
     resumed = train.fit(key, **given, resume=True)
