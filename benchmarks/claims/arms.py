@@ -53,6 +53,13 @@ class Setup(NamedTuple):
     steps: int
     smoke: bool
 
+    def network(self, seed: int, **options: Any) -> Any:
+        """The untrained network of a seed, of the settings' kind unless another `name` and options are given."""
+        options = options or self.settings["network"]
+        return ja.models.create(
+            key=jax.random.key(1000 + seed), shape=self.data.shape, classes=self.data.classes, **options
+        )
+
     @property
     def growth(self) -> Callable:
         """The budget rises over the first fifth of the steps."""
@@ -174,10 +181,7 @@ def run(
     numbers: dict[str, list[float]] = {}
     for seed in seeds:
         for arm, changes in list(all_arms.items())[-1 if smoke else 0 :]:
-            options = changes.get("network", settings["network"])
-            net = ja.models.create(
-                key=jax.random.key(1000 + seed), shape=shared.data.shape, classes=shared.data.classes, **options
-            )
+            net = shared.network(seed, **changes.get("network", {}))
             more = {key: value for key, value in changes.items() if key != "network"}
             common = {"eps": settings["eps"], "validation": shared.held, "steps": shared.steps, "trainable": net}
             made = framework.train(ja.recipes.fast_mnist, shared.data, seed, **common, **more)

@@ -2,7 +2,8 @@
 
 For each network: seconds of one SGD step with clipping and noise over seconds of the plain step, and the working memory
 of the compiled program over that of the plain one. Peers: jax-privacy on the same network and parameters; Opacus (hooks
-and ghost) on the same layers in PyTorch, over PyTorch's own plain step. A peer that is not installed is a printed line.
+and ghost) on the same layers in PyTorch, over PyTorch's own plain step; layers that it has no rules for, as standardized
+convolutions, it differentiates with functorch. A peer that is not installed is a printed line.
 
 Usage: python benchmarks/speed/privacy.py [--nets cnn_small wrn_16_4] [--methods auto] [--batch N] [--rounds 5]
        [--microbatch 8] [--smoke]
@@ -97,8 +98,56 @@ def compiled(net, size: int, shape, methods, microbatch):
 
 
 def torch_net(name: str, options):
-    """The same layers in PyTorch, or None."""
+    """The same layers in PyTorch; attention is written out, because Opacus has no rules for PyTorch's own."""
+    import torch
     from torch import nn
+    from torch.nn import functional
+
+    class Function(nn.Module):
+        def __init__(self, fn):
+            super().__init__()
+            self.fn = fn
+
+        def forward(self, x):
+            return self.fn(x)
+
+    class Residual(nn.Module):
+        def __init__(self, *inner, side=None):
+            super().__init__()
+            self.inner, self.side = nn.Sequential(*inner), side
+
+        def forward(self, x):
+            return self.inner(x) + (x if self.side is None else self.side(x))
+
+    class StandardizedConv(nn.Conv2d):
+        def __init__(self, inputs, outputs, size, stride=1):
+            super().__init__(inputs, outputs, size, stride, size // 2)
+            self.gain = nn.Parameter(torch.ones(outputs))
+
+        def forward(self, x):
+            center = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            spread = center.square().sum((1, 2, 3), keepdim=True).clamp(min=1e-4)
+            kernel = center * self.gain.reshape(-1, 1, 1, 1) / spread.sqrt()
+            return functional.conv2d(x, kernel, self.bias, self.stride, self.padding)
+
+    class Positions(nn.Module):
+        def __init__(self, count, width):
+            super().__init__()
+            self.table = nn.Parameter(0.02 * torch.randn(count, width))
+
+        def forward(self, x):
+            return x + self.table
+
+    class Attention(nn.Module):
+        def __init__(self, width, heads):
+            super().__init__()
+            self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+
+        def forward(self, x):
+            b, t, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.transpose(-1, -2) * (c // self.heads) ** -0.5).softmax(-1)
+            return self.out((weights @ v).transpose(1, 2).reshape(b, t, c))
 
     if name == "mlp":
         sizes = [784, *options["widths"], 10]
@@ -109,23 +158,47 @@ def torch_net(name: str, options):
     if name == "cnn_small":
         convs = [nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU()]
         return nn.Sequential(*convs, nn.Flatten(), nn.Linear(32 * 49, 100), nn.ReLU(), nn.Linear(100, 10))
-    return None
+    if name == "wrn_16_4":
+        depth, width = options.get("depth", 16), options.get("width", 4)
+        layers, channels = [StandardizedConv(3, 16, 3)], 16
+        for outputs, stride in zip((16 * width, 32 * width, 64 * width), (1, 2, 2)):
+            for place in range((depth - 4) // 6):
+                step, side = stride if place == 0 else 1, None
+                if place == 0:
+                    side = nn.Sequential(
+                        nn.ReLU(), nn.GroupNorm(16, channels), StandardizedConv(channels, outputs, 1, step)
+                    )
+                inner = [nn.ReLU(), nn.GroupNorm(16, channels), StandardizedConv(channels, outputs, 3, step)]
+                inner += [nn.ReLU(), nn.GroupNorm(16, outputs), StandardizedConv(outputs, outputs, 3)]
+                layers.append(Residual(*inner, side=side))
+                channels = outputs
+        pooled = [nn.ReLU(), nn.GroupNorm(16, channels), Function(lambda x: x.mean((2, 3)))]
+        return nn.Sequential(*layers, *pooled, nn.Linear(channels, 10))
+    width, depth, heads = options["width"], options["depth"], options["heads"]
+    layers = [nn.Conv2d(3, width, 4, 4), Function(lambda x: x.flatten(2).transpose(1, 2)), Positions(64, width)]
+    for _ in range(depth):
+        layers.append(Residual(nn.LayerNorm(width), Attention(width, heads)))
+        hidden = [nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)]
+        layers.append(Residual(nn.LayerNorm(width), *hidden))
+    return nn.Sequential(*layers, nn.LayerNorm(width), Function(lambda x: x.mean(1)), nn.Linear(width, 10))
 
 
-def opacus_calls(name: str, options, size: int):
-    """Blocking calls of PyTorch's plain step and Opacus's private ones."""
+def opacus_calls(name: str, options, size: int, count: int):
+    """Blocking calls of PyTorch's plain step and Opacus's private ones, on a network of so many parameters."""
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("opacus")):
         print("opacus is not installed: pip install opacus")
         return {}
     import torch
     from opacus import PrivacyEngine
 
-    if torch_net(name, options) is None:
-        print(f"opacus: {name} has layers that it has no rules for")
-        return {}
     rng = np.random.default_rng(0)
-    x = torch.tensor(rng.uniform(size=(size, 1, 28, 28)), dtype=torch.float32)
+    height, width, channels = NETS[name][1]
+    x = torch.tensor(rng.uniform(size=(size, channels, height, width)), dtype=torch.float32)
     y = torch.tensor(rng.integers(0, 10, size))
+
+    found = sum(p.numel() for p in torch_net(name, options).parameters())
+    if found != count:
+        raise ValueError(f"both networks must have as many parameters; {name} has {count} here, {found} in PyTorch.")
 
     def call(mode):
         net, loss = torch_net(name, options), torch.nn.CrossEntropyLoss()
@@ -172,7 +245,8 @@ def main() -> None:
         size, options = args.batch or size, SMOKE.get(name, options) if args.smoke else options
         net = models.create(net_name, jax.random.key(0), shape=shape, classes=10, **options)
         calls, memory = compiled(net, size, shape, args.methods, args.microbatch)
-        times = harness.side_by_side(calls | opacus_calls(name, options, size), args.rounds)
+        count = sum(p.size for p in jax.tree.leaves(net.params))
+        times = harness.side_by_side(calls | opacus_calls(name, options, size, count), args.rounds)
         record[name] = {}
         for step, t in times.items():
             base = "torch plain" if step.startswith(("torch", "opacus")) else "plain"
