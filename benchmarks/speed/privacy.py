@@ -2,8 +2,8 @@
 
 For each network: seconds of one SGD step with clipping and noise over seconds of the plain step, and the working memory
 of the compiled program over that of the plain one. Peers: jax-privacy on the same network and parameters; Opacus (hooks
-and ghost) on the same layers in PyTorch, over PyTorch's own plain step; layers that it has no rules for, as standardized
-convolutions, it differentiates with functorch. A peer that is not installed is a printed line.
+and ghost) on the same layers in PyTorch, over PyTorch's own plain step; layers that it has no rules for, as
+standardized convolutions, it differentiates with functorch. A peer that is not installed is a printed line.
 
 Usage: python benchmarks/speed/privacy.py [--nets cnn_small wrn_16_4] [--methods auto] [--batch N] [--rounds 5]
        [--microbatch 8] [--smoke]
