@@ -279,19 +279,20 @@ def float_bounds(bounds: Sequence[Any]) -> tuple[float, float]:
 
 
 class _Both:
-    """Rows of one source, and after them, from `since` on, those of another; always floats."""
-
-    scale = 1.0
+    """Rows of one source, and after them, from `since` on, those of another; bytes where both keep them alike."""
 
     def __init__(self, first: Source, second: Source, since: int):
         self.first, self.second, self.since = first, second, since
+        self.scale = first.store.scale
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         later = rows >= self.since
-        x, y = np.empty((len(rows), *self.first.shape), np.float32), np.empty(len(rows), np.int32)
-        for source, where, off in ((self.first, ~later, 0), (self.second, later, self.since)):
-            if where.any():
-                x[where], y[where] = source._read(rows[where] - off)
+        parts = [(~later, self.first._kept(rows[~later])), (later, self.second._kept(rows[later] - self.since))]
+        if any(part.get("scale") != self.scale for _, part in parts):
+            parts = [(where, as_floats(part)) for where, part in parts]
+        x, y = np.empty((len(rows), *self.first.shape), parts[0][1]["x"].dtype), np.empty(len(rows), np.int32)
+        for where, part in parts:
+            x[where], y[where] = part["x"], part["y"]
         return x, y
 
     def labels(self) -> np.ndarray:
@@ -356,7 +357,7 @@ def blend(first: Source, second: Source, *, share: float = 0.3) -> Blend:
       attribute `since` on, so that every example keeps random keys of its own.
 
     Raises:
-      ValueError: if the share is none, or the two do not fit together.
+      ValueError: if the share is none, the two do not fit together, or one is a blend or reads in a way of its own.
 
     References:
       Rebuffi et al. 2021, Fixing data augmentation to improve adversarial robustness, arXiv:2103.01946: 30 % real, 70 %
@@ -370,6 +371,11 @@ def blend(first: Source, second: Source, *, share: float = 0.3) -> Blend:
     for source in (first, second):
         if isinstance(source, Blend):
             raise ValueError(f"a blend must be made of two plain sources; got the blend {source.name!r}. Join arrays.")
+        if type(source).__getitem__ is not Source.__getitem__:
+            raise ValueError(
+                f"a blend reads rows as they are kept; got a {type(source).__name__}, which reads in a way of its own. "
+                "Blend what it gives: rows = source[np.arange(len(source))], then data.arrays(rows['x'], rows['y'])."
+            )
     fixes = {"shape": "Resize the images of one.", "classes": "Pass classes=, if a class is absent from one."}
     for what, fix in (fixes | {"bounds": "Bring both to one range."}).items():
         one, two = getattr(first, what), getattr(second, what)

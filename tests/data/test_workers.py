@@ -68,8 +68,17 @@ def test_bytes_travel_as_bytes():
 
     dark = Dark(**{field.name: getattr(digits, field.name) for field in dataclasses.fields(digits)})
     assert Reader(dark, lambda step: np.arange(2), 2).stored(0)["x"].dtype == np.float32
+    with pytest.raises(ValueError, match="got a Dark, which reads in a way of its own"):
+        data.blend(dark, digits)
     floats = data.arrays(digits[:9]["x"], digits.y[:9])
     assert Reader(floats, lambda step: np.arange(2), 2).stored(0)["x"].dtype == np.float32
+
+    few = digits.subset(slice(9, 30))
+    for one, kind in ((floats, np.float32), (digits.subset(slice(0, 9)), np.uint8)):
+        both = data.blend(one, few, share=0.5)
+        kept = Reader(both, lambda step: np.asarray([0, 12, 3]), 3)
+        assert kept.stored(0)["x"].dtype == kind
+        np.testing.assert_array_equal(kept(0)["x"], digits[[0, 12, 3]]["x"])
 
 
 def test_blends_samples_and_records_can_be_read_by_workers(tmp_path):
