@@ -70,7 +70,7 @@ def test_bytes_travel_as_bytes():
     assert Reader(dark, lambda step: np.arange(2), 2).stored(0)["x"].dtype == np.float32
     with pytest.raises(ValueError, match="got a Dark, which reads in a way of its own"):
         data.blend(dark, digits)
-    floats = data.arrays(digits[:9]["x"], digits.y[:9])
+    floats = data.arrays(digits[:9]["x"], digits.y[:9], classes=10)
     assert Reader(floats, lambda step: np.arange(2), 2).stored(0)["x"].dtype == np.float32
 
     few = digits.subset(slice(9, 30))
