@@ -26,6 +26,8 @@ from jaxadv.train.channels import cifs as cifs
 from jaxadv.train.channels import joint_model as joint_model
 from jaxadv.train.checkpoint import CheckpointError as CheckpointError
 from jaxadv.train.checkpoint import Checkpoints as Checkpoints
+from jaxadv.train.costs import Cost as Cost
+from jaxadv.train.costs import cost as cost
 from jaxadv.train.domains import dial as dial
 from jaxadv.train.domains import with_domains as with_domains
 from jaxadv.train.driver import Collapse as Collapse

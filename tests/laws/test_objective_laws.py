@@ -13,6 +13,7 @@ import pytest
 from jaxadv import attacks, models, parallel, threats, train
 from jaxadv.core import Trainable
 from jaxadv.train import record, terms, trainer
+from jaxadv.train.costs import PARTS
 
 CLASSES, ROWS = 3, 8
 OF_ATTACK = {
@@ -183,6 +184,30 @@ def test_a_vanishing_budget_leaves_the_clean_examples(name):
         got = loss(net.apply, net.params, net.state, found, jax.random.key(0))[0]
         plain = train.standard()(net.apply, net.params, net.state, rows, jax.random.key(0))[0]
         np.testing.assert_allclose(got, plain, atol=1e-4)
+
+
+@table
+def test_a_gradient_costs_what_its_parts_cost(name):
+    objective, net, rows = build(name), network("none", name), batch()
+    found = train.cost(objective, net, rows)
+    parts = {
+        "masked": PARTS["fgsm_at"],
+        "plus": PARTS["trades"]._replace(second_order=1),
+        "jsigr": PARTS["jsigr"]._replace(forward=1 + 4),  # patches of 2 x 2 on 4 x 4
+    }.get(name) or PARTS[name]
+    steps = 1 if name == "plus" or "fgsm" in name or name in ("masked", "grad_align") else 2
+    search = parts.forward + parts.searches * steps * found.input_gradient
+    loss = parts.input_gradients * found.input_gradient
+    loss += parts.weight_gradients * found.weight_gradient + parts.second_order * found.second_order
+    assert found.input_gradient == pytest.approx(2) or name == "cifs"  # no gradient through which classes are likely
+    if name in ("dial", "cifs"):  # and what their heads cost
+        assert search + loss < found.step < 1.5 * (search + loss)
+    elif name in ("plus", "jsigr"):  # a projection is linear, so the last layer's forward pass is not needed
+        assert search + loss - 0.5 < found.step < search + loss
+    else:
+        assert found.step == pytest.approx(search + loss)
+        moved = train.cost(objective, net, rows, gradient=functools.partial(train.awp, gamma=0.01)).step
+        assert moved == pytest.approx(search + 2 * loss)
 
 
 @table
