@@ -1,17 +1,19 @@
 """Store losses and gradients of the authors' codes of eight objectives, for the parity tests of ours.
 
 Needs torch; jaxadv is not imported. The codes are read from checkouts of yaodongyu/TRADES, YisenWang/MART,
-csdongxian/AWP, pdejorge/N-FGSM, tml-epfl/understanding-fast-adv-training, TreeLLi/Combating-RO-AdvLC, matanle51/DIAL
-and HanshuYAN/CIFS and run as they are, on the CPU, in float64, on small networks whose weights are written down here.
-The random starts are stored, so that the search can be repeated. N-FGSM, GradAlign and AdvLC are no functions there:
-the lines of their training loops are cut out of the files. The objectives that need a network of their own (DIAL, CIFS)
-go to a second file.
+csdongxian/AWP, pdejorge/N-FGSM, tml-epfl/understanding-fast-adv-training, TreeLLi/Combating-RO-AdvLC, matanle51/DIAL,
+HanshuYAN/CIFS and locuslab/fast_adversarial and run as they are, on the CPU, in float64, on small networks whose
+weights are written down here. The random starts are stored, so that the search can be repeated. The single-step
+methods, Free and AdvLC are no functions there: the lines of their training loops are cut out of the files. The
+objectives that need a network of their own (DIAL, CIFS) go to a second file, fast_adversarial's to a third.
 
 Usage: python benchmarks/parity/objectives.py FOLDER tests/fixtures/objectives_torch.npz
-       tests/fixtures/objectives_torch2.npz
-(FOLDER holds the checkouts TRADES, MART, AWP, N-FGSM, GradAlign, AdvLC, DIAL, CIFS)
+       tests/fixtures/objectives_torch2.npz tests/fixtures/objectives_torch3.npz
+(FOLDER holds the checkouts TRADES, MART, AWP, N-FGSM, GradAlign, AdvLC, DIAL, CIFS, fast_adversarial; `-` in the place
+of a file leaves it out)
 """
 
+import contextlib
 import copy
 import importlib.util
 import sys
@@ -26,7 +28,7 @@ from torch.nn import functional
 EPS, STEP_SIZE, STEPS, BETA, WEIGHT, GAMMA = 0.1, 0.02, 5, 6.0, 5.0, {"at": 0.01, "trades": 0.005}
 TOP, CONSISTENCY, ALIGNMENT = 0.1, 0.3, 0.2
 FEATURES, HIDDEN, CLASSES, ROWS = 12, 10, 4, 9
-WIDTH, CHANNELS, DOMAIN, REVERSAL, GATES = 7, (4, 5), 6.0, 0.7, 2.0
+WIDTH, CHANNELS, DOMAIN, REVERSAL, GATES, RATE = 7, (4, 5), 6.0, 0.7, 2.0, 0.1
 
 
 class Network(torch.nn.Module):
@@ -83,8 +85,8 @@ def cut(path: Path, first: str, last: str) -> str:
     return textwrap.dedent("\n".join(lines[begin : end + 1]))
 
 
-def main(folder: Path, path: str) -> None:
-    """Run everything and write the file."""
+def begin():
+    """The network, a batch, and both as they are stored."""
     torch.set_default_dtype(torch.float64)
     torch.Tensor.cuda = lambda self, *_: self  # the codes ask for a GPU
     torch.manual_seed(0)
@@ -96,7 +98,12 @@ def main(folder: Path, path: str) -> None:
         net.norm.running_var.copy_(0.5 + torch.rand(HIDDEN))
     x, y = torch.rand(ROWS, FEATURES), torch.randint(CLASSES, (ROWS,))
     stored = {f"w.{key}": value.numpy().copy() for key, value in net.state_dict().items() if value.is_floating_point()}
-    stored |= {"x": x.numpy(), "y": y.numpy().astype(np.int32)}
+    return net, x, y, stored | {"x": x.numpy(), "y": y.numpy().astype(np.int32)}
+
+
+def main(folder: Path, path: str) -> None:
+    """Run the codes that take any network, and write the file."""
+    net, x, y, stored = begin()
     optimizer = SimpleNamespace(zero_grad=lambda: None)
     settings = {"step_size": STEP_SIZE, "epsilon": EPS, "perturb_steps": STEPS}
 
@@ -258,7 +265,7 @@ def keep(stored: dict, name: str, net, loss) -> None:
 
 def second(folder: Path, path: str) -> None:
     """Run the codes that bring networks of their own, and write the file."""
-    torch.set_default_dtype(torch.float64)
+    begin()
     torch.manual_seed(0)
     code, functions = load(folder / "DIAL/dial.py", "dial"), load(folder / "DIAL/models/functions.py", "functions")
     net = Domains(functions.ReverseLayerF)
@@ -305,6 +312,48 @@ def second(folder: Path, path: str) -> None:
     print(f"{path}: {Path(path).stat().st_size} bytes, losses {told}")
 
 
+def third(folder: Path, path: str) -> None:
+    """Run fast_adversarial's loops: FGSM from a random start, for MNIST and for CIFAR-10, and two replays of Free."""
+    net, x, y, stored = begin()
+    images, radius = x.reshape(ROWS, 1, 3, 4), torch.full((1, 1, 1), EPS)
+    given = {"epsilon": EPS, "alpha": 1.25 * EPS, "attack": "fgsm", "delta_init": "random"}
+    scope = {
+        "torch": torch, "F": functional, "criterion": torch.nn.CrossEntropyLoss(), "X": images, "y": y,
+        "args": SimpleNamespace(**given), "epsilon": radius, "alpha": 1.25 * radius, "opt": None,
+        "clamp": lambda value, low, high: torch.max(torch.min(value, high), low),
+        "lower_limit": torch.zeros(1, 1, 1), "upper_limit": torch.ones(1, 1, 1),
+        "amp": SimpleNamespace(scale_loss=lambda loss, _: contextlib.nullcontext(loss)),
+    }  # fmt: skip
+    for name, file, first, last in (
+        ("mnist", "MNIST/train_mnist.py", "if args.attack == 'fgsm':", "output = model(torch.clamp(X + delta"),
+        ("cifar", "CIFAR10/train_fgsm.py", "if args.delta_init != 'previous':", "loss = criterion(output, y)"),
+    ):
+        own = scope["model"] = copy.deepcopy(net).train()
+        seen = watched(own)
+        stored[f"{name}/noise"] = noise(4, lambda *s: torch.zeros(*s).uniform_(-EPS, EPS), *images.shape)
+        torch.manual_seed(4)
+        exec(compile(cut(folder / "fast_adversarial" / file, first, last), file, "exec"), scope)
+        stored[f"{name}/found"] = seen[1].reshape(ROWS, -1).numpy()
+        take(stored, name, own, scope["criterion"](scope["output"], y))
+
+    own = scope["model"] = copy.deepcopy(net).train()
+    scope |= {"delta": torch.zeros_like(images, requires_grad=True), "opt": torch.optim.SGD(own.parameters(), lr=RATE)}
+    lines = cut(folder / "fast_adversarial/CIFAR10/train_free.py", "output = model(X + delta", "opt.step()")
+    for replay in range(2):
+        exec(compile(lines, "train_free.py", "exec"), scope)
+        stored[f"free{replay}/loss"] = scope["loss"].item()
+        stored[f"free{replay}/carry"] = scope["delta"].detach().reshape(ROWS, -1).numpy().copy()
+        stored |= {f"free{replay}/grad/{key}": value.grad.numpy().copy() for key, value in own.named_parameters()}
+        for key in ("running_mean", "running_var"):
+            stored[f"free{replay}/after/{key}"] = getattr(own.norm, key).numpy().copy()
+        scope["delta"].grad.zero_()
+
+    np.savez_compressed(path, eps=EPS, rate=RATE, **{key: np.asarray(value) for key, value in stored.items()})
+    told = {key.split("/")[0]: float(value) for key, value in stored.items() if key.endswith("/loss")}
+    print(f"{path}: {Path(path).stat().st_size} bytes, losses {told}")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
-    second(Path(sys.argv[1]), sys.argv[3])
+    for make, path in zip((main, second, third), sys.argv[2:], strict=True):
+        if path != "-":
+            make(Path(sys.argv[1]), path)

@@ -15,13 +15,25 @@ from jaxadv import attacks, losses, threats, train
 from jaxadv.core import Trainable
 from jaxadv.train import terms
 
-FIXTURE = Path(__file__).parent.parent / "fixtures" / "objectives_torch.npz"
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+
+def read(name):
+    with np.load(FIXTURES / name) as stored:
+        kept = {key: stored[key] for key in stored.files}
+    wide = [key for key, value in kept.items() if value.ndim and value.dtype == np.float64]
+    return kept | {key: kept[key].astype(np.float32) for key in wide}
 
 
 @pytest.fixture(scope="module")
 def official():
-    with np.load(FIXTURE) as stored:
-        return {name: stored[name] for name in stored.files}
+    return read("objectives_torch.npz")
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """What fast_adversarial's loops compute."""
+    return read("objectives_torch3.npz")
 
 
 def apply(params, state, x, *, bn="eval", key=None, mask=None, axis_name=None):
@@ -128,3 +140,32 @@ def test_the_authors_adversary_of_the_weights(official, key, name):
     for leaf, move in moves.items():
         want = official[f"awp_{name}/moved/{leaf}"]
         np.testing.assert_allclose(net.params[leaf] + move, want, atol=2e-6, err_msg=leaf)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar"])
+def test_the_loss_and_gradient_of_fast_adversarial(fast, key, name):
+    """Their MNIST loop does not cut the random start to the bounds, the one for CIFAR-10 does."""
+    net, batch, threat = network(fast), rows(fast), threats.linf(float(fast["eps"]))
+    made = train.fgsm_rs(threat, start={"mnist": "unclipped", "cifar": "random"}[name])
+    begun = batch["x"] + fast[f"{name}/noise"].reshape(batch["x"].shape)
+    begun = begun if name == "mnist" else jnp.clip(begun, 0, 1)
+    attack = train.started(made.keywords["attack"], lambda threat, keys, x: begun)
+    objective = train.pgd_at(attack, bn_attack=made.keywords["bn_attack"])
+    found = objective.find(net.apply, net.params, net.state, batch, key)["found"]
+    np.testing.assert_allclose(found, fast[f"{name}/found"], atol=1e-6)
+    got = jax.jit(train.grad_fn(objective), static_argnums=0)(net.apply, net.params, net.state, batch, key)
+    same(fast, name, got, len(fast["y"]), statistics=False)
+
+
+def test_two_replays_of_free_as_in_fast_adversarial(fast, key):
+    """Loss, gradient, statistics and perturbations of both, with a step of the weights between."""
+    net, batch, threat = network(fast), rows(fast), threats.linf(float(fast["eps"]))
+    made = train.free(threat)
+    step = jax.jit(partial(made(train.pgd_at(attacks.fgsm(threat))), net.apply))
+    params, state, carry, n = net.params, net.state, made.carry(batch["x"].shape), len(fast["y"])
+    for replay in range(2):
+        got = step(params, state, batch | {"carry": carry}, key)
+        same(fast, f"free{replay}", got, n)
+        np.testing.assert_allclose(got.carry, fast[f"free{replay}/carry"], atol=1e-6)
+        params = jax.tree.map(lambda p, g: p - float(fast["rate"]) * g / n, params, got.total)
+        state, carry = got.state, got.carry
