@@ -25,14 +25,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxadv import attacks, losses
-from jaxadv.core import Attack, Model, Objective, Threat, check, robust
+from jaxadv.core import Attack, Model, Objective, Threat, check, example_keys, loop, robust
 from jaxadv.train import starts
 
-ATTACK_BN = ("eval", "local")
-"""Batch norm inside the attack: running statistics, or those of the batch without updating the running ones."""
+ATTACK_BN = ("eval", "local", "train")
+"""Batch norm inside the attack: running statistics, those of the batch without updating the running ones, or with."""
 
 BN = ("train", "local", "eval")
 """Batch norm of the training pass."""
+
+STATISTICS = "statistics"
+"""Where a batch holds the running statistics that a search left."""
 
 POINTS = {"clean": "x", "robust": "found"}
 """The points at which a loss may ask for logits, and where a batch holds them: the examples, what the search found."""
@@ -86,14 +89,14 @@ def frozen(apply, params, state, *, bn: str = "eval") -> Model:
       apply: of a `Trainable`.
       params: its parameters.
       state: its state.
-      bn: one of `ATTACK_BN`.
+      bn: one of `ATTACK_BN`; the attack sees the same in `'train'` as in `'local'`.
 
     Returns:
       Logits from a batch, as a callable pytree.
     """
 
     def forward(params, state, x):
-        return apply(params, state, x, bn=bn)[0]
+        return apply(params, state, x, bn="local" if bn == "train" else bn)[0]
 
     return Model(forward, lax.stop_gradient(params), lax.stop_gradient(state))
 
@@ -174,8 +177,37 @@ def _find(apply, params, state, batch, key, *, attack, guide, growth, bn_attack)
     model = frozen(apply, params, state, bn=bn_attack)
     if growth is not None:
         attack = attacks.scaled(attack, growth(batch["step"]))
+    if bn_attack == "train":
+        passes = partial(apply, lax.stop_gradient(params), bn="train")
+        x, state = _moving(attack, key, model, batch["x"], guide(model, batch), batch["index"], passes, state)
+        return batch | {"found": lax.stop_gradient(x), STATISTICS: state}
     result = attack.run(key, model, batch["x"], guide(model, batch), index=batch["index"])
     return batch | {"found": lax.stop_gradient(result.x)}
+
+
+def _moving(attack, key, model, x, y, index, passes, state):
+    """Run an attack step by step, and move running statistics at each of its points before it is left."""
+    start = attack.init(example_keys(key, attack.name, index, 0), model, x, y)
+
+    def step(carry):
+        search, state = carry
+        return attack.step(search, model, x, y), passes(state, search.point)[1]
+
+    search, state = loop(step, (start, state), attack.max_steps)
+    return attack.result(search, model, x, y).x, state
+
+
+def begun(state, batch):
+    """Return the running statistics with which the pass of the loss begins: those that the search left, if it did.
+
+    Args:
+      state: of the network before the step.
+      batch: what a search returned, or a batch.
+
+    Returns:
+      The state.
+    """
+    return batch.get(STATISTICS, state)
 
 
 def _loss(apply, params, state, batch, key, *, loss, points, running, bn, taps=(), hints=None):
@@ -184,6 +216,7 @@ def _loss(apply, params, state, batch, key, *, loss, points, running, bn, taps=(
     The key feeds dropout, anew for each point and in each part of a batch.
     """
     logits, settings = {}, ({"taps": taps} if taps else {}) | ({"hints": hints(batch)} if hints else {})
+    state = begun(state, batch)
     for name in (*running, *(p for p in points if p not in running)):
         noise = jax.random.fold_in(jax.random.fold_in(key, 1 + points.index(name)), batch["index"][0])
         mode = bn if name in running or bn == "eval" else "local"
@@ -242,9 +275,10 @@ def adversarial(
       guide: `(model, batch) -> y`, what the attack's loss gets beside the logits: `labels`, `clean_logits`, ...
       growth: number of the step (int `[b]`) to the share of budget and step size that the attack has there, above 0;
         `schedules.growth` rises linearly to 1. None attacks with the whole budget from the first step.
-      bn_attack: batch norm inside the attack: `'eval'` (running statistics, as TRADES does) or `'local'` (statistics of
-        the batch, as Madry's, Wong's and Rice's codes; they also update the running statistics at every attack step,
-        which is an artifact and not offered: the attack's gradients do not depend on it).
+      bn_attack: batch norm inside the attack: `'eval'` (running statistics, as TRADES does), `'local'` (statistics of
+        the batch; the running ones stay) or `'train'` (statistics of the batch, and every step of the attack moves the
+        running ones, as in Madry's, Wong's and Rice's codes). The attack finds the same in the last two; with `'train'`
+        running statistics are mostly those of the last batch, which the evaluation then works with.
       bn: batch norm of the training passes.
       taps: layers whose values the loss gets, too, as `logits[point, tap]`; see `models.apply`.
       hints: `batch -> dict`, what layers that ask for it are told in the training passes.
@@ -261,12 +295,13 @@ def adversarial(
             f"attack must be an attack, built from a threat; got {type(attack).__name__}. "
             "For example attacks.pgd(threats.linf(0.3))."
         )
-    if bn_attack == "train":
-        raise ValueError(
-            "bn_attack must be 'eval' or 'local'; got 'train'. 'local' gives the same attack (statistics of the batch) "
-            "without changing the running statistics at every attack step."
-        )
     check.choice("bn_attack", bn_attack, ATTACK_BN)
+    if bn_attack == "train" and (not isinstance(attack, attacks.GradientAttack | starts.Started) or attack.early):
+        raise ValueError(
+            "bn_attack='train' moves the running statistics at every step of an attack that follows the gradient and "
+            f"takes all its steps; got {type(attack).__name__}{' with early=True' if attack.early else ''}. "
+            "'local' gives the same points."
+        )
     check.choice("bn", bn, BN)
     points, running = tuple(points), tuple(points if running is None else running)
     for name in points:
@@ -362,7 +397,7 @@ def fgsm_rs(
         budgets.
       start: `'random'` within the bounds, as in the authors' CIFAR-10 code, or `'unclipped'`, as in their MNIST code.
         Where many features stand at a bound (the black of MNIST) that decides between robust and not at all.
-      bn_attack: see `adversarial`; published with statistics of the batch.
+      bn_attack: see `adversarial`; published with `'train'`, which finds the same points.
       **axes: further arguments of `pgd_at`.
 
     Returns:
@@ -406,7 +441,7 @@ def n_fgsm(
       noise: the factor k of the noise, at least 0. At large budgets 3 holds where 2 collapses.
       alpha: step length in units of `x`; None is eps.
       clip: project to this many budgets after the step; None does not project.
-      bn_attack: see `adversarial`; published with statistics of the batch.
+      bn_attack: see `adversarial`; published with `'train'`, which finds the same points.
       **axes: further arguments of `pgd_at`.
 
     Returns:

@@ -24,6 +24,7 @@ from jaxadv.train.objectives import (
     POINTS,
     Adversarial,
     adversarial,
+    begun,
     check_smoothing,
     clean_logits,
     frozen,
@@ -415,7 +416,7 @@ def _shares(keys, alpha: float):
 
 def _interpolated(apply, params, state, batch, key, *, weight, alpha, bn):
     check.labels(batch["y"])
-    total, metrics = 0.0, {}
+    total, metrics, state = 0.0, {}, begun(state, batch)
     for number, (name, share) in enumerate({"clean": weight, "robust": 1 - weight}.items()):
         if not share:
             continue

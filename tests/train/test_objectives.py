@@ -122,12 +122,39 @@ def test_the_attack_leaves_running_statistics_alone_and_sees_the_mode_it_is_told
         seen.clear()
         objective = train.pgd_at(attacks.pgd(threats.linf(0.1), steps=1, keep="last"), bn_attack=bn_attack)
         _, (state, _) = objective(spy, net.params, net.state, batch, key)
-        assert set(seen) == {bn_attack, "train"} and seen[-1] == "train"
+        assert (
+            set(seen) == {bn_attack, "train"} | ({"local"} if bn_attack == "train" else set()) and seen[-1] == "train"
+        )
         assert not kit.same_bits(state, net.state)
     model = train.frozen(net.apply, net.params, net.state)
     assert kit.same_bits(model(x), net.apply(net.params, net.state, x, bn="eval")[0])
     gradient = jax.grad(lambda p: train.frozen(net.apply, p, net.state)(x).sum())(net.params)
     assert all(not np.any(g) for g in kit.leaves(gradient))
+
+
+def test_an_attack_in_train_mode_moves_the_running_statistics_at_each_of_its_points(kit, key):
+    net, batch = kit.mlp("batch"), pictures(kit)
+    attack = attacks.pgd(threats.linf(0.1), steps=3, keep="last")
+    local, moving = (train.pgd_at(attack, bn_attack=mode) for mode in ("local", "train"))
+    gradients = [train.grad_fn(o)(net.apply, net.params, net.state, batch, key) for o in (local, moving)]
+    for one, two in zip(kit.leaves(gradients[0].total), kit.leaves(gradients[1].total), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+    model = train.frozen(net.apply, net.params, net.state, bn="local")
+    state, search = net.state, attack.init(example_keys(key, "pgd", batch["index"], 0), model, batch["x"], batch["y"])
+    for _ in range(4):  # the last is the pass of the loss
+        state = net.apply(net.params, state, search.point, bn="train")[1]
+        search = attack.step(search, model, batch["x"], batch["y"])
+    for one, two in zip(kit.leaves(gradients[1].state), kit.leaves(state), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+    mixed = train.iat(attack, bn_attack="train")
+    found = mixed.find(net.apply, net.params, net.state, batch, key)
+    after = mixed.loss(net.apply, net.params, net.state, found, key)[1][0]
+    assert kit.same_bits(after, mixed.loss(net.apply, net.params, found["statistics"], found, key)[1][0])
+    assert not kit.same_bits(
+        after, train.iat(attack, bn_attack="local")(net.apply, net.params, net.state, batch, key)[1][0]
+    )
 
 
 def test_label_smoothing_is_cross_entropy_against_soft_labels():
@@ -224,7 +251,8 @@ def pictures(kit):
         (lambda: train.n_fgsm(threats.linf(0.1), clip=0.0), "clip must be"),
         (lambda: train.fgsm_at(threats.linf(0.1), alpha=0.0), "alpha must be"),
         (lambda: train.objectives.check_smoothing(-0.1), "label_smoothing must lie in"),
-        (lambda: train.pgd_at(attacks.pgd(threats.linf(0.1)), bn_attack="train"), "'local' gives the same attack"),
+        (lambda: train.pgd_at(attacks.square(threats.linf(0.1)), bn_attack="train"), "'local' gives the same points"),
+        (lambda: train.pgd_at(attacks.pgd(threats.linf(0.1), early=True), bn_attack="train"), "with early=True"),
         (lambda: train.pgd_at(attacks.pgd(threats.linf(0.1)), bn_attack="locl"), "Did you mean 'local'"),
     ],
 )

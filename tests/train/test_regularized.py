@@ -265,7 +265,7 @@ def test_partners_form_one_cycle_whatever_the_order_and_the_padding(key):
         (lambda t: train.mart(t, weight=-1.0), "weight must be"),
         (lambda t: train.trades(t, label_smoothing=1.0), "label_smoothing must lie in"),
         (lambda t: train.trades(t, running=("robustt",)), "Did you mean 'robust'"),
-        (lambda t: train.trades(t, bn_attack="train"), "'local' gives the same attack"),
+        (lambda t: train.trades(t, bn_attack="trian"), "Did you mean 'train'"),
         (lambda t: train.advlc(attacks.pgd(t), top=2.0), "top"),
         (lambda t: train.iat(attacks.pgd(t), weight=1.5), "weight"),
         (lambda t: train.iat(attacks.pgd(t), bn="global"), "unknown bn"),

@@ -60,7 +60,7 @@ def test_padding_changes_nothing(kit, key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bn_attack", ["eval", "local"])
+@pytest.mark.parametrize("bn_attack", ["eval", "local", "train"])
 def test_every_executor_takes_the_same_steps(kit, key, bn_attack):
     net, optimizer = kit.mlp("batch"), optax.sgd(0.1, momentum=0.9)
     objective = train.pgd_at(attacks.pgd(threats.l2(0.5), steps=2, keep="last"), bn_attack=bn_attack)
