@@ -1,10 +1,12 @@
 """Claim: gates that weigh channels by their relevance to two likely classes make adversarial training more robust.
 
-MNIST, `cnn_small`, linf. Two networks for each seed, trained with one optimizer, schedule, growth of the budget and
-number of steps: with a gate after each convolution, on the joint loss, and without gates, on the cross-entropy. Gates
-shrink activations, so that the gated one needs a higher rate. Judged by AutoAttack (the protocol `fast`), whose
-gradients flow through the gates; the gated one by PGD on the joint loss, too (the authors' adaptive attack). What
-counts is the worst case over both.
+MNIST, linf, a small residual network. Two networks for each seed, trained with one optimizer, rate, schedule, growth of
+the budget and number of steps: with a gate behind the last stage, as the authors have them, on the joint loss, and
+without, on the cross-entropy. Judged by AutoAttack (the protocol `fast`), whose gradients flow through the gates; the
+gated one by PGD on the joint loss, too (the authors' adaptive attack). What counts is the worst case over both.
+
+An earlier version had gates behind both convolutions of `cnn_small`. Their probes cannot tell the classes so early, so
+in training, where gates know the label, the network reads it off the gates: 96.5 % clean without gates, 12.5 % with.
 """
 
 from typing import Any
@@ -25,11 +27,12 @@ CLAIM = {
     "minutes": 20,
     "settings": {
         "data": "mnist",
-        "eps": 0.3,
-        "train": 5_000,
-        "epochs": 40,
-        "rates": {"gated": 1e-2, "without gates": 2e-3},
-        "steps": 10,
+        "network": {"name": "wide_resnet", "depth": 10, "width": 1, "stem_stride": 2},
+        "eps": 0.2,
+        "train": 2_000,
+        "epochs": 15,
+        "rate": 5e-3,
+        "steps": 7,
         "beta": 2.0,
         "test": 500,
         "judge": "fast",
@@ -37,6 +40,7 @@ CLAIM = {
     },
     "smoke": {
         "data": "digits",
+        "network": {"name": "cnn_small"},
         "train": 100,
         "epochs": 1,
         "steps": 1,
@@ -53,7 +57,7 @@ def run(settings: dict[str, Any], seeds: tuple[int, ...], smoke: bool) -> dict[s
     data, test = ja.data.evaluation_subset(whole, settings["train"]), ja.data.evaluation_subset(test, settings["test"])
     steps = 1 if smoke else settings["epochs"] * ja.data.steps_per_epoch(len(data), 100)
     growth = ja.train.schedules.growth(max(1, steps // 5))
-    common = {"eps": settings["eps"], "validation": held, "steps": steps}
+    common = {"eps": settings["eps"], "validation": held, "steps": steps, "lr_max": settings["rate"]}
     beta, loss = settings["beta"], ja.train.channels.of_label
     judges = (ja.pgd(threat, steps=1),) if smoke else tuple(ja.evaluate.PROTOCOLS[settings["judge"]]("linf"))
     numbers: dict[str, list[float]] = {}
@@ -63,16 +67,14 @@ def run(settings: dict[str, Any], seeds: tuple[int, ...], smoke: bool) -> dict[s
 
     for seed in seeds:
         for gated in (False, True):
-            net = ja.models.create(
-                "cnn_small", jax.random.key(1000 + seed), shape=data.shape, classes=data.classes, gated=gated
-            )
+            sizes = settings["network"] | {"shape": data.shape, "classes": data.classes, "gated": gated}
+            net = ja.models.create(key=jax.random.key(1000 + seed), **sizes)
             if gated:
                 objective = ja.train.cifs(threat, beta=beta, steps=settings["steps"], growth=growth)
             else:
                 objective = ja.train.pgd_at(ja.pgd(threat, steps=settings["steps"], keep="last"), growth=growth)
             name = "gated" if gated else "without gates"
-            more = {"trainable": net, "objective": objective, "lr_max": settings["rates"][name]}
-            made = framework.train(ja.recipes.fast_mnist, data, seed, **common, **more)
+            made = framework.train(ja.recipes.fast_mnist, data, seed, trainable=net, objective=objective, **common)
             clean, robust = framework.accuracies(made.model, test, threat, judges, seed)
             found = {"clean %": clean, "AutoAttack, robust %": robust, "worst case, robust %": robust}
             if gated:
