@@ -22,7 +22,8 @@ def test_products_are_counted_by_their_sizes():
             x, kernel, (2, 2), "SAME", dimension_numbers=numbers, feature_group_count=groups
         )
 
-    assert count(conv, (1, 8, 8, 4), (3, 3, 4, 6)) == 4 * 4 * 6 * 9 * 4
+    for fn in (conv, *(jax.grad(lambda x, kernel: conv(x, kernel).sum(), i) for i in (0, 1))):
+        assert count(fn, (1, 8, 8, 4), (3, 3, 4, 6)) == 4 * 4 * 6 * 9 * 4  # a gradient costs a forward pass
     assert count(lambda x, k: conv(x, k, 2), (1, 8, 8, 4), (3, 3, 2, 6)) == 4 * 4 * 6 * 9 * 2
 
 
