@@ -131,7 +131,7 @@ def grad_align(threat: Threat, *, weight: float | None = None, bn_attack: str = 
       threat: linf, with its budget.
       weight: of the term; None is the authors' rule for CIFAR-10, `0.02 * 10^(eps * 255 / 8)`: 0.2 at 8/255, 2 at
         16/255.
-      bn_attack: batch norm of the attack and of the term.
+      bn_attack: batch norm of the attack and of the term, which does not move running statistics (the authors' does).
       **axes: further arguments of `fgsm_at`.
 
     Returns:
@@ -151,7 +151,8 @@ def grad_align(threat: Threat, *, weight: float | None = None, bn_attack: str = 
         )
     share = float(0.02 * 10 ** (threat.eps * 255 / 8)) if weight is None else weight
     base = fgsm_at(threat, bn_attack=bn_attack, **axes)
-    return plus(base, alignment(threat, bn=bn_attack), share, name="misalignment")
+    seen = "local" if bn_attack == "train" else bn_attack  # terms leave running statistics alone
+    return plus(base, alignment(threat, bn=seen), share, name="misalignment")
 
 
 def _jacobian(apply, params, state, batch, key, *, projections, bn):

@@ -148,6 +148,10 @@ def test_an_attack_in_train_mode_moves_the_running_statistics_at_each_of_its_poi
     for one, two in zip(kit.leaves(gradients[1].state), kit.leaves(state), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)
 
+    aligned = train.grad_align(threats.linf(0.1), weight=0.2, bn_attack="train")
+    kept = aligned.find(net.apply, net.params, net.state, batch, key)["statistics"]
+    assert kit.same_bits(kept, net.apply(net.params, net.state, batch["x"], bn="train")[1])
+
     mixed = train.iat(attack, bn_attack="train")
     found = mixed.find(net.apply, net.params, net.state, batch, key)
     after = mixed.loss(net.apply, net.params, net.state, found, key)[1][0]
