@@ -4,7 +4,7 @@ The parts are those of theory (`train.costs.PARTS`): forward passes, one input g
 weight gradient for each point of the loss, second-order gradients. Each is compiled alone and timed beside the whole,
 on one network and batch; below 1 the whole is cheaper than its parts. The count is in forward passes of the network.
 
-Usage: python benchmarks/speed/training.py [--objectives pgd_at trades] [--steps 10] [--batch 128] [--rounds 5]
+Usage: python benchmarks/speed/training.py [--objectives pgd_at trades] [--steps 10] [--batch 128] [--rounds 25]
        [--net cnn_small] [--store]
 """
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--net", default="cnn_small")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--store", action="store_true", help="write results/training.json")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
