@@ -268,10 +268,8 @@ class BrendelBethge(MinimumNorm):
         radius = reach * (most * (least / most) ** (done / jnp.maximum(length, 1))).astype(x.dtype)
         level = -gap / scale - jnp.maximum(_BEYOND * radius, _LEAST * reach)
         box = flat(jnp.broadcast_to(low, x.shape) - point), flat(jnp.broadcast_to(high, x.shape) - point)
-        back = flat(x - point)
-        move = nearer(self.threat.norm, back, slope / scale[:, None], *box, level, radius)
-        there = jnp.where(move == back, flat(x), flat(point) + move).reshape(x.shape)  # x itself, not rounded
-        return select(dead(grad), point, there)
+        move = nearer(self.threat.norm, flat(x - point), slope / scale[:, None], *box, level, radius)
+        return select(dead(grad), point, point + move.reshape(x.shape))
 
 
 RATES = {"l2": (1.0, 1e-3), "linf": (0.3, 1e-4), "l1": (1.0, 1e-3), "l0": (1.0, 0.3)}

@@ -40,7 +40,7 @@ def problems(b, n):
     rng = np.random.default_rng(0)
     back, normal = rng.normal(size=(b, n)), rng.normal(size=(b, n))
     normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
-    low, high = np.minimum(back, 0) - rng.uniform(0.2, 1, (b, n)), np.maximum(back, 0) + rng.uniform(0.2, 1, (b, n))
+    low, high = np.minimum(back, 0) - rng.uniform(0, 0.2, (b, n)), np.maximum(back, 0) + rng.uniform(0, 0.2, (b, n))
     return back, normal, low, high, rng.uniform(-0.15, 0.15, b), rng.uniform(0.3, 2.5, b)
 
 
@@ -147,6 +147,21 @@ def test_distances_of_linear_models_within_one_percent(norm):
     assert near.sum() > 10 and (found.size[near] >= want[near] - 1e-5).all()
     np.testing.assert_allclose(found.size[near], want[near], rtol=0.01, atol=1e-4)
     assert norm != "l0" or len(set(want[near])) > 1
+
+
+def heavy(w, x):
+    """A class that fails where a weighted sum is large."""
+    rest = 4.5 - x @ w
+    return jnp.stack([rest, -rest], axis=-1)
+
+
+def test_features_that_are_not_needed_come_back_to_the_bit():
+    rng = np.random.default_rng(0)
+    w, x = rng.uniform(0.5, 1, 32).astype(np.float32), rng.uniform(0.02, 0.2, (8, 32)).astype(np.float32)
+    y = np.zeros(8, np.int32)
+    found = go(brendel_bethge(l0(32.0), noise=1.0), Partial(heavy, jnp.asarray(w)), x, y)
+    want = distances("l0", -w, 4.5 - x @ w, x, y)
+    assert found.success.all() and (found.size >= want).all() and (found.size <= want + 1).all()
 
 
 @pytest.mark.slow
