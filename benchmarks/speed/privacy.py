@@ -1,9 +1,10 @@
 """The price of privacy: a private step beside the same step without privacy, by method, and beside the peers.
 
 For each network: seconds of one SGD step with clipping and noise over seconds of the plain step, and the working memory
-of the compiled program over that of the plain one. Peers: jax-privacy on the same network and parameters; Opacus (hooks
-and ghost) on the same layers in PyTorch, over PyTorch's own plain step; layers that it has no rules for, as
-standardized convolutions, it differentiates with functorch. A peer that is not installed is a printed line.
+of the compiled program over that of the plain one; both with convolutions in their fast forms, as the trainer has them.
+Peers: jax-privacy on the same network and parameters; Opacus (hooks and ghost) on the same layers in PyTorch, over
+PyTorch's own plain step; layers that it has no rules for, as standardized convolutions, it differentiates with
+functorch. A peer that is not installed is a printed line.
 
 Usage: python benchmarks/speed/privacy.py [--nets cnn_small wrn_16_4] [--methods auto] [--batch N] [--rounds 5]
        [--microbatch 8] [--smoke]
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from jaxadv import models, privacy
+from jaxadv import core, models, privacy
 from jaxadv.privacy.methods import METHODS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -66,7 +67,7 @@ def steps(net, size: int, methods, microbatch):
         flat, back = ravel_pytree(sums)  # one draw: a draw for each leaf takes seconds to compile
         return move(params, back((flat + BOUND * NOISE * jax.random.normal(key, flat.shape)) / size))
 
-    made = {"plain": lambda params, batch, key: move(params, jax.grad(mean)(params, batch))}
+    made = {"plain": lambda params, batch, key: move(params, core.canonical(jax.grad(mean))(params, batch))}
     for method in methods:
         for rows in {None, microbatch}:
             clip = privacy.clipped_grads(one, clip_norm=BOUND, method=method, microbatch=rows)

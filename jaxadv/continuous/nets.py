@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxadv.continuous import defenses
 from jaxadv.continuous.latent import lt_node
@@ -70,8 +71,7 @@ class Field(nnx.Module):
         """Return the motion of `z` `[b, h, w, c]` at time `t`."""
 
         def seen(conv, z):
-            clock = jnp.broadcast_to(t.astype(z.dtype), (*z.shape[:-1], 1))
-            return conv(jnp.concatenate([clock, z], -1) if self.time else z)
+            return _timed(conv, t, z) if self.time else conv(z)
 
         if not self.first:
             for conv, norm in zip((self.conv1, self.conv2), self.norms):
@@ -80,6 +80,20 @@ class Field(nnx.Module):
         for conv, norm in zip((self.conv1, self.conv2), self.norms):
             z = seen(conv, jax.nn.relu(norm(z)))
         return self.norms[-1](z)
+
+
+def _timed(layer: Any, t, z):
+    """Convolve `z` with the time as a further, first channel: being constant, it adds one map, the same in all rows."""
+    kernel, bias = layer.kernel[...], layer.bias[...]
+    dtype = jnp.result_type(z, kernel)
+
+    def convolved(z, kernel):
+        return lax.conv_general_dilated(
+            z.astype(dtype), kernel.astype(dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    clock = convolved(jnp.ones((1, *z.shape[1:-1], 1)), kernel[:, :, :1])
+    return convolved(z, kernel[:, :, 1:]) + (t.astype(dtype) * clock + bias.astype(dtype)[None, None, None])
 
 
 class Hinted(Layer):

@@ -308,15 +308,17 @@ def _field(vf: Callable, cfg: SolveCfg, dtype: Any) -> Callable:
 def _quick(fn: Callable) -> Callable:
     """The function, with the convolutions of its value and of its pullback rewritten; reverse mode only.
 
-    `core.canonical` alone would rewrite the forward pass, whose transposes are convolutions in other layouts again.
+    `core.canonical` alone would rewrite the forward pass, whose transposes are convolutions in other layouts again. A
+    solve keeps products and convolutions of every evaluation; what lies between them is cheaper to compute again.
     """
+    kept = jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
 
     @jax.custom_vjp
     def quick(*args):
         return canonical(fn)(*args)
 
     def forward(*args):
-        return canonical(lambda *given: jax.vjp(fn, *given))(*args)
+        return canonical(lambda *given: jax.vjp(kept, *given))(*args)
 
     def backward(pull, grad):
         return canonical(lambda pull, grad: pull(grad))(pull, grad)

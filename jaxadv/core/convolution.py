@@ -9,15 +9,20 @@ in a function (that is `core.loop.canonical`). The forms:
 | `phases` | computes stride and input dilation as channels, without inserted zeros | to rounding |
 | `product` | the same with one matrix product and shifted slices around it | to rounding |
 | `winograd` | computes 2 x 2 outputs of a 3 x 3 kernel with 16 multiplications instead of 36 | to rounding |
+| `taps` | one matrix product for each shift between input and a kernel as large as it | to rounding |
 
 `phases` turns a convolution of stride s into one of stride 1 over s x s blocks read as channels (space to depth), and
 an input-dilated one (the input gradient of a strided convolution) into one that computes its s x s output phases as
-channels. `product` puts shifted slices of those blocks side by side and multiplies once; an input-dilated convolution
-is multiplied first, and the contributions to overlapping windows are added up.
+channels. `product` puts shifted slices of those blocks side by side and multiplies once; where outputs are smaller
+than what is multiplied, and in input-dilated convolutions, it multiplies first and adds up shifted contributions.
 
 `winograd` is the minimal filtering F(2 x 2, 3 x 3) of Lavin and Gray 2016, Fast algorithms for convolutional neural
 networks, arXiv:1509.09308, section 4.1: sixteen matrix products on sums and differences of tiles. It serves kernels of
 3 x 3 with stride one, in float32 or wider (lower precision would lose digits in the sums).
+
+`taps` is for the gradient to a kernel, which is a convolution of inputs with a kernel as large as a feature map: few
+outputs, each a sum over all positions and examples: one product for each shift of the smaller operand against the
+other.
 
 `choose` picks the form from the shapes alone, so a program is the same in every process and a resumed run repeats its
 bits. The rule was found by measuring (`benchmarks/speed/convolutions.py`).
@@ -30,7 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-FORMS = ("layout", "phases", "product", "winograd")
+FORMS = ("layout", "phases", "product", "winograd", "taps")
 
 
 def canonical_convolution(lhs, rhs, params: dict[str, Any], form: str | None = None):
@@ -52,11 +57,12 @@ def canonical_convolution(lhs, rhs, params: dict[str, Any], form: str | None = N
     plain = (
         spatial == 2
         and params["feature_group_count"] == params["batch_group_count"] == 1
-        and tuple(params["rhs_dilation"]) == (1, 1)
         and params["preferred_element_type"] in (None, x.dtype)
     )
     form = (choose(x.shape, w.shape, params) if plain else "layout") if form is None else form
-    if form == "layout" or not plain:
+    if form == "taps" and plain and _undilated(params):
+        z = _taps(x, w, params)
+    elif form in ("layout", "taps") or not plain or tuple(params["rhs_dilation"]) != (1, 1):
         z = _layout(x, w, params)
     elif form == "winograd":
         z = _winograd(x, w, params) if _minimal(x, w, params) else _layout(x, w, params)
@@ -81,14 +87,81 @@ def choose(x_shape: Sequence[int], w_shape: Sequence[int], params: dict[str, Any
     _, height, width, channels = x_shape
     kernel, outputs = w_shape[:2], w_shape[-1]
     dilation = params["lhs_dilation"]
+    if (
+        _undilated(params)
+        and max(kernel) > 1
+        and all(k >= o for k, o in zip(kernel, _outputs(x_shape, w_shape, params)))
+    ):
+        return "taps"
+    if max(params["rhs_dilation"]) > 1:
+        return "layout"
     if max(dilation) > 1:
         whole = all(k % d == 0 for k, d in zip(kernel, dilation))
         if whole and outputs * kernel[0] * kernel[1] <= 256:
             return "product"
         return "phases" if height * width >= channels and outputs >= 4 else "layout"
     if max(params["window_strides"]) > 1:
-        return "product" if channels <= 4 else "layout"
+        whole = all(k % s == 0 for k, s in zip(kernel, params["window_strides"]))
+        return "product" if channels <= 4 or whole else "layout"
     return "winograd" if tuple(kernel) == (3, 3) and min(channels, outputs) >= 16 else "layout"
+
+
+def _outputs(x_shape, w_shape, params) -> list[int]:
+    """Height and width of the output."""
+    sizes = zip(x_shape[1:3], params["lhs_dilation"], params["padding"], w_shape[:2], params["rhs_dilation"])
+    spans = [(n - 1) * d + 1 + lo + hi - ((k - 1) * e + 1) for n, d, (lo, hi), k, e in sizes]
+    return [span // s + 1 for span, s in zip(spans, params["window_strides"])]
+
+
+def _undilated(params) -> bool:
+    """Whether windows start at every position of the input, as in the gradient to a kernel."""
+    return max(*params["window_strides"], *params["lhs_dilation"]) == 1
+
+
+def _taps(x: Float[Array, "b h w c"], w: Float[Array, "kh kw c o"], params):
+    """y[b, i] = sum_t sum_c x[b, i - low + s t, c] w[t, c], the smaller of x and w shifted against the other."""
+    out, stride, low = _outputs(x.shape, w.shape, params), params["rhs_dilation"], [lo for lo, _ in params["padding"]]
+    x, w = x.transpose(3, 1, 2, 0), w.transpose(2, 0, 1, 3)  # c counts examples here: they come first in memory
+    moved = _shifted_windows if x.shape[-1] < w.shape[-1] else _shifted_slopes
+    return moved(x, w, stride, low, out, params["precision"]).transpose(2, 0, 1, 3)
+
+
+def _shifted_windows(x, w, stride, low, out, precision):
+    """The windows of all outputs of a row side by side; one product for each row."""
+    spans = [(k - 1) * s + 1 for k, s in zip(w.shape[1:], stride)]
+    for axis, (lo, n, span) in enumerate(zip(low, out, spans)):
+        x = _fit(x, axis + 1, lo, n - 1 + span)
+    side = jnp.concatenate([x[:, :, j : j + spans[1] : stride[1]] for j in range(out[1])], axis=-1)
+    rows = [side[:, i : i + spans[0] : stride[0]] for i in range(out[0])]
+    return jnp.stack([_contracted(row, w, precision) for row in rows]).reshape(*out, -1, w.shape[-1])
+
+
+def _shifted_slopes(x, w, stride, low, out, precision):
+    """With i - low = s q + r, rests r are read as channels of x, and w is shifted by q: one product for each shift."""
+    shifts, phases = [], []
+    for axis, (s, lo, n) in enumerate(zip(stride, low, out)):
+        base = lo if s > 1 else 0  # aligned, so that few shifts are needed; where s = 1 nothing has to be padded
+        places = [divmod(i - lo + base, s) for i in range(n)]
+        length = x.shape[axis + 1] if s == 1 else w.shape[axis + 1] + places[-1][0]
+        x = _fit(x, axis + 1, base, length * s)
+        shifts.append((places, length))
+        phases.append(min(n, s))
+    (rows, height), (columns, width) = shifts
+    (sh, sw), (b, c) = stride, (x.shape[0], x.shape[-1])
+    x = x.reshape(b, height, sh, width, sw, c)[:, :, : phases[0], :, : phases[1]].transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(b, height, width, -1)
+    made = {}
+    for p in sorted({p for p, _ in rows}):
+        for q in sorted({q for q, _ in columns}):
+            shifted = _fit(_fit(w, 1, p, height), 2, q, width)
+            made[p, q] = _contracted(x, shifted, precision).reshape(*phases, c, -1)
+    return jnp.stack([jnp.stack([made[p, q][r, t] for q, t in columns]) for p, r in rows])
+
+
+def _contracted(x, w, precision):
+    """[b, h, w, c] x [b, h, w, o] to [c, o]."""
+    x, w = (a.reshape(-1, a.shape[-1]) for a in (x, w))
+    return lax.dot_general(x, w, (((0,), (0,)), ((), ())), precision=precision)
 
 
 def _minimal(x, w, params) -> bool:
@@ -177,6 +250,11 @@ def _strided(x, w, stride, low, out, precision, product):
     if not product:
         return _valid(x, w, precision)
     height, width = out
+    if x.shape[-1] > w.shape[-1]:  # multiplied first, the smaller outputs are shifted and added
+        b, h, v, _ = x.shape
+        z = _matmul(x, w.transpose(2, 0, 1, 3).reshape(x.shape[-1], -1), precision).reshape(b, h, v, *windows, -1)
+        parts = [z[:, i : i + height, j : j + width, i, j] for i in range(windows[0]) for j in range(windows[1])]
+        return sum(parts[1:], start=parts[0])
     taps = [x[:, i : i + height, j : j + width] for i in range(windows[0]) for j in range(windows[1])]
     side = jnp.concatenate(taps, axis=-1) if len(taps) > 1 else taps[0]
     return _matmul(side, w.reshape(-1, w.shape[-1]), precision)

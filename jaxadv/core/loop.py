@@ -87,9 +87,11 @@ def canonical(fn: Callable, *, enabled: bool | None = None, form: str | None = N
         if not on:
             return fn(*args)
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-        if not _has_convolution(closed.jaxpr):
-            return fn(*args)
-        out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), form)
+        leaves = jax.tree.leaves(args)
+        if _has_convolution(closed.jaxpr):
+            out = _evaluate(closed.jaxpr, closed.consts, leaves, form)
+        else:
+            out = jex.jaxpr_as_fun(closed)(*leaves)
         return jax.tree.unflatten(jax.tree.structure(shape), out)
 
     return rewritten

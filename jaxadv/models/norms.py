@@ -198,12 +198,18 @@ def group_norm(x: Any, scale: Any, bias: Any, *, groups: int, eps: float = 1e-5)
       An array like `x`; computed in float32 at least.
     """
     z = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    groups = _even(groups, x.shape[-1])
-    z = z.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
-    center = z - z.mean((1, 3), keepdims=True)
-    z = center * lax.rsqrt(jnp.square(center).mean((1, 3), keepdims=True) + eps)
-    scale, bias = (_columns(v.astype(z.dtype), x.ndim) for v in (scale, bias))
-    return (z.reshape(x.shape) * scale + bias).astype(x.dtype)
+    channels = x.shape[-1]
+    z = z.reshape(x.shape[0], -1, channels)
+    groups = _even(groups, channels)
+    same = jnp.kron(jnp.eye(groups, dtype=z.dtype), jnp.full((channels // groups,) * 2, groups / channels, z.dtype))
+
+    def mean(values):  # over space first, then over the channels of a group: on CPU sums along rows of memory are fast
+        return jnp.matmul(values.mean(1), same, precision=lax.Precision.HIGHEST)[:, None]
+
+    scale, bias = (_columns(v.astype(z.dtype), 3) for v in (scale, bias))
+    center = z - mean(z)
+    z = center * (lax.rsqrt(mean(jnp.square(center)) + eps) * scale) + bias
+    return z.reshape(x.shape).astype(x.dtype)
 
 
 class GroupNorm(Layer):

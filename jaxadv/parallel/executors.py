@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.extend import core as jex
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxadv.core import PyTree
@@ -114,12 +115,16 @@ def _splits_wrongly(jaxpr: Any) -> bool:
 
     The per-example kernel gradient is a convolution whose groups are the examples: the leading axis of its input is the
     feature axis, with one input feature for each group. Split over the groups, all devices but the first return wrong
-    values.
+    values. `core.canonical` transposes such an input before, so axes are followed back through transpositions.
     """
+    made = {v: eqn for eqn in jaxpr.eqns if eqn.primitive.name == "transpose" for v in eqn.outvars}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "conv_general_dilated":
             spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-            if groups > 1 and spec.lhs_spec[0] != 0 and eqn.invars[1].aval.shape[spec.rhs_spec[1]] == 1:
+            rows, batch = eqn.invars[0], spec.lhs_spec[0]
+            while not isinstance(rows, jex.Literal) and rows in made:
+                rows, batch = made[rows].invars[0], made[rows].params["permutation"][batch]
+            if groups > 1 and batch != 0 and eqn.invars[1].aval.shape[spec.rhs_spec[1]] == 1:
                 return True
         if eqn.primitive.name == "shard_map":  # split by hand: right
             continue

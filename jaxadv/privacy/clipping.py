@@ -129,6 +129,7 @@ class Clipped:
                 shown = {name: jnp.where(mask, value, 0) for name, value in shown.items()}
             return sums, shown
 
+        part = core.canonical(part)
         if self.microbatch is None or size <= self.microbatch:
             return part(batch, mask, keys)
         return _in_parts(part, batch, mask, keys, size, self.microbatch, own)
@@ -375,5 +376,5 @@ def _in_parts(part: Callable, batch, mask, keys, size: int, rows: int, like: PyT
         more, shown = part(batch, mask & real, keys)
         return jax.tree.map(jnp.add, sums, more), shown
 
-    sums, shown = lax.scan(core.canonical(body), zeros, (cut, real))
+    sums, shown = lax.scan(body, zeros, (cut, real))
     return sums, jax.tree.map(lambda a: a.reshape(-1)[:size], shown)

@@ -254,7 +254,7 @@ def accumulated(gradient: Callable[..., Gradient], parts: int) -> Callable[..., 
             got = one(params, state, part, key)
             return (got.state, jax.tree.map(jnp.add, sums, (got.total, got.count, got.sums))), got.carry
 
-        (state, (total, count, metrics)), carry = lax.scan(canonical(body), (state, sums), micro)
+        (state, (total, count, metrics)), carry = lax.scan(body, (state, sums), micro)
         carry = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(rows, *a.shape[2:]), carry)
         return Gradient(total, count, state, metrics, carry)
 
@@ -407,7 +407,11 @@ def make_step(
         count = batch["mask"].shape[0]
         if state.carry is not None:
             batch = batch | {"carry": _own(state.carry, count, axis_name)}
-        got = compute(applied, state.params, state.state, batch, key, axis_name=axis_name)
+
+        def gradients(params, state, batch):
+            return compute(applied, params, state, batch, key, axis_name=axis_name)
+
+        got = canonical(gradients)(state.params, state.state, batch)
         carry = None if got.carry is None else _whole(got.carry, state.carry, count, axis_name)
         total, alive, sums = parallel.psum((got.total, got.count, got.sums), axis_name)
         rows = jnp.maximum(alive, 1)

@@ -206,7 +206,7 @@ def test_convolutions_stand_in_their_fast_layout_inside_the_loop_forward_and_bac
     solved = jax.grad(total(convolved, fixed("euler", 3)), (0, 1))
     found = list(dimensions(jax.make_jaxpr(solved)(kernel, z).jaxpr))
     fast = lax.conv_dimension_numbers(z.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
-    assert len(found) >= 3 and all(spec == fast for spec in found)
+    assert len(found) >= 2 and all(spec == fast for spec in found)  # the gradient to the kernel is a matrix product
     for one, other in zip(jax.jit(solved)(kernel, z), jax.jit(jax.grad(plain, (0, 1)))(kernel, z)):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

@@ -16,6 +16,9 @@ CASES = {  # spatial, kernel, strides, padding, options
     "plain": (2, (3, 3), (1, 1), "SAME", {}),
     "odd": (2, (3, 3), (1, 1), ((-1, 2), (2, 0)), {}),
     "strided": (2, (4, 4), (2, 2), ((1, 1), (1, 1)), {}),
+    "strided_to_few": (2, (4, 3), (2, 2), ((1, 1), (0, 2)), {"outputs": 3}),
+    "strided_to_many": (2, (4, 4), (2, 2), ((1, 1), (1, 1)), {"outputs": 20}),
+    "to_few": (2, (3, 2), (1, 1), ((1, 0), (2, 1)), {"outputs": 2}),
     "narrow": (2, (1, 1), (2, 2), "VALID", {}),
     "wide_stride": (2, (3, 2), (3, 2), ((2, 0), (0, 1)), {}),
     "cropped": (2, (3, 3), (2, 2), ((-1, 2), (1, -1)), {}),
@@ -33,7 +36,9 @@ def setting(case, names=None):
     rng = np.random.default_rng(0)
     groups = options.get("feature_group_count", 1)
     x = jnp.asarray(rng.normal(size=(2, *(7, 8, 5)[:spatial], 4)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(*kernel, 4 // groups, 6)), jnp.float32)
+    outputs = options.get("outputs", 6)
+    options = {name: value for name, value in options.items() if name != "outputs"}
+    w = jnp.asarray(rng.normal(size=(*kernel, 4 // groups, outputs)), jnp.float32)
 
     def conv(x, w):
         return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=NAMES[spatial], **options)

@@ -182,7 +182,7 @@ def test_augmentation_belongs_to_example_and_step(kit, key):
     seen = []
 
     def spy(apply, params, state, batch, key):
-        seen.append(np.asarray(batch["x"]))
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), batch["x"])
         return jnp.sum(batch["x"], (1, 2, 3)) * params["layers"]["0"]["bias"][0], (state, {})
 
     augment = train.chain(train.crop(1), train.flip())
@@ -191,6 +191,7 @@ def test_augmentation_belongs_to_example_and_step(kit, key):
     later, _ = step(state, batch)
     step(state, {name: a[::-1] for name, a in batch.items()})
     step(later, batch)
+    jax.effects_barrier()
     np.testing.assert_array_equal(seen[0], seen[1][::-1])
     assert not np.array_equal(seen[0], seen[2])
 
