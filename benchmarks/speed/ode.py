@@ -3,9 +3,9 @@
 Rows: forward pass, input gradient, training step (gradients of all parameters and an update) and PGD with 20 steps on
 `odenet_mnist`, then forward and gradient of a perceptron of width 64 as field. All solve with the 3/8 rule on a fixed
 grid, which torchdiffeq calls rk4; `--adaptive` solves with Dormand-Prince for the whole batch instead, with the same
-tolerances, and reports the evaluations of both beside the times. Last: what a solve costs over its bare evaluations in
-a compiled loop, and that new weights do not trace again. First calls, compilation included, are reported apart; times
-are medians of calls in turn.
+tolerances, and reports the evaluations of both beside the times. Gradients have convolutions in their fast forms, as
+attacks and the trainer have them. Last: what a solve costs over its bare evaluations in a compiled loop, and that new
+weights do not trace again. First calls, compilation included, are reported apart; times are medians of calls in turn.
 
 Usage: python benchmarks/speed/ode.py [--batches 1 128] [--channels 64] [--steps 4] [--rounds 5] [--adaptive] [--store]
 The peer needs its own environment: pip install . torch==2.13.0 torchdiffeq
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxadv as ja
-from jaxadv import continuous, losses
+from jaxadv import continuous, core, losses
 from jaxadv.continuous import SolveCfg, ode_solve
 from jaxadv.models.adapt import unflatten
 
@@ -92,8 +92,8 @@ def network(args: argparse.Namespace, batch: int) -> tuple[dict[str, dict[str, C
     run: Callable = jax.jit(lambda model, x: attack.run(jax.random.key(0), model, x, jnp.asarray(y, jnp.int32)).x)
     ours = {
         "forward": blocked(jax.jit(lambda model, x: model(x)), model, images),
-        "input gradient": blocked(jax.jit(jax.grad(loss, 1)), params, images),
-        "training step": blocked(jax.jit(update), params, images),
+        "input gradient": blocked(jax.jit(core.canonical(jax.grad(loss, 1))), params, images),
+        "training step": blocked(jax.jit(core.canonical(update)), params, images),
         "PGD-20": blocked(run, model, images),
     }
     w = {name: torch.tensor(value, requires_grad=True) for name, value in made.items()}

@@ -28,6 +28,7 @@ other.
 bits. The rule was found by measuring (`benchmarks/speed/convolutions.py`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,23 +88,23 @@ def choose(x_shape: Sequence[int], w_shape: Sequence[int], params: dict[str, Any
     _, height, width, channels = x_shape
     kernel, outputs = w_shape[:2], w_shape[-1]
     dilation = params["lhs_dilation"]
-    if (
-        _undilated(params)
-        and max(kernel) > 1
-        and all(k >= o for k, o in zip(kernel, _outputs(x_shape, w_shape, params)))
-    ):
-        return "taps"
+    if _undilated(params) and max(kernel) > 1:
+        to_kernel = all(k >= o for k, o in zip(kernel, _outputs(x_shape, w_shape, params)))
+        if to_kernel and (max(params["rhs_dilation"]) == 1 or x_shape[0] * outputs >= 1024):
+            return "taps"
     if max(params["rhs_dilation"]) > 1:
         return "layout"
     if max(dilation) > 1:
-        whole = all(k % d == 0 for k, d in zip(kernel, dilation))
-        if whole and outputs * kernel[0] * kernel[1] <= 256:
+        if all(k % d == 0 for k, d in zip(kernel, dilation)):
             return "product"
-        return "phases" if height * width >= channels and outputs >= 4 else "layout"
+        wide = height * width >= channels and outputs >= 4 and all(k > d for k, d in zip(kernel, dilation))
+        return "phases" if wide else "layout"
     if max(params["window_strides"]) > 1:
         whole = all(k % s == 0 for k, s in zip(kernel, params["window_strides"]))
         return "product" if channels <= 4 or whole else "layout"
-    return "winograd" if tuple(kernel) == (3, 3) and min(channels, outputs) >= 16 else "layout"
+    if tuple(kernel) == (3, 3) and outputs >= 16:
+        return "winograd" if channels >= 16 or channels == 1 else "product" if channels <= 4 else "layout"
+    return "layout"
 
 
 def _outputs(x_shape, w_shape, params) -> list[int]:
@@ -122,7 +123,9 @@ def _taps(x: Float[Array, "b h w c"], w: Float[Array, "kh kw c o"], params):
     """y[b, i] = sum_t sum_c x[b, i - low + s t, c] w[t, c], the smaller of x and w shifted against the other."""
     out, stride, low = _outputs(x.shape, w.shape, params), params["rhs_dilation"], [lo for lo, _ in params["padding"]]
     x, w = x.transpose(3, 1, 2, 0), w.transpose(2, 0, 1, 3)  # c counts examples here: they come first in memory
-    moved = _shifted_windows if x.shape[-1] < w.shape[-1] else _shifted_slopes
+    windows = 2 * math.prod(out) * x.shape[-1]  # what is written for each position, in values
+    slopes = math.prod(-(-n // s) for n, s in zip(out, stride)) * w.shape[-1] + math.prod(stride) * x.shape[-1]
+    moved = _shifted_windows if windows < slopes else _shifted_slopes
     return moved(x, w, stride, low, out, params["precision"]).transpose(2, 0, 1, 3)
 
 
@@ -266,13 +269,14 @@ def _scattered(x, w, dilation, low, out, precision):
     blocks = [-(-k // s) for k, s in zip(w.shape[:2], dilation)]  # a window is so many steps of s
     for axis, (n, s) in enumerate(zip(blocks, dilation)):
         w = _fit(w, axis, 0, n * s)
-    w = w[::-1, ::-1].transpose(2, 0, 1, 3).reshape(c, -1)
-    z = _matmul(x, w, precision).reshape(b, h, v, blocks[0], sh, blocks[1], sw, o)
+    w = w[::-1, ::-1].reshape(blocks[0], sh, blocks[1], sw, c, o).transpose(4, 0, 2, 1, 3, 5).reshape(c, -1)
+    z = _matmul(x, w, precision).reshape(b, h, v, *blocks, sh * sw * o)
     height, width = h + blocks[0] - 1, v + blocks[1] - 1
     parts = [
-        _fit(_fit(z[:, :, :, i, :, j], 1, i, height), 2, j, width) for i in range(blocks[0]) for j in range(blocks[1])
+        _fit(_fit(z[:, :, :, i, j], 1, i, height), 2, j, width) for i in range(blocks[0]) for j in range(blocks[1])
     ]
-    y = sum(parts[1:], start=parts[0]).transpose(0, 1, 3, 2, 4, 5).reshape(b, height * sh, width * sw, o)
+    y = sum(parts[1:], start=parts[0]).reshape(b, height, width, sh, sw, o)
+    y = y.transpose(0, 1, 3, 2, 4, 5).reshape(b, height * sh, width * sw, o)
     for axis, (n, s, lo, size) in enumerate(zip(blocks, dilation, low, out)):
         y = _fit(y, axis + 1, lo + 1 - n * s, size)
     return y

@@ -18,6 +18,8 @@ CASES = {  # spatial, kernel, strides, padding, options
     "strided": (2, (4, 4), (2, 2), ((1, 1), (1, 1)), {}),
     "strided_to_few": (2, (4, 3), (2, 2), ((1, 1), (0, 2)), {"outputs": 3}),
     "strided_to_many": (2, (4, 4), (2, 2), ((1, 1), (1, 1)), {"outputs": 20}),
+    "to_many": (2, (3, 2), (1, 1), ((1, 0), (2, 1)), {"outputs": 60}),
+    "strided_to_very_many": (2, (3, 3), (2, 2), ((1, 1), (1, 2)), {"outputs": 60}),
     "to_few": (2, (3, 2), (1, 1), ((1, 0), (2, 1)), {"outputs": 2}),
     "narrow": (2, (1, 1), (2, 2), "VALID", {}),
     "wide_stride": (2, (3, 2), (3, 2), ((2, 0), (0, 1)), {}),
