@@ -254,9 +254,8 @@ def _strided(x, w, stride, low, out, precision, product):
         return _valid(x, w, precision)
     height, width = out
     b, h, v, channels = x.shape
-    if (
-        channels > w.shape[-1] and h * v <= 2 * height * width
-    ):  # multiplied first, smaller outputs are shifted and added
+    if channels > w.shape[-1] and h * v <= 2 * height * width:
+        # multiplied first: the outputs, which are smaller, are shifted and added
         z = _matmul(x, w.transpose(2, 0, 1, 3).reshape(channels, -1), precision).reshape(b, h, v, *windows, -1)
         parts = [z[:, i : i + height, j : j + width, i, j] for i in range(windows[0]) for j in range(windows[1])]
         return sum(parts[1:], start=parts[0])
