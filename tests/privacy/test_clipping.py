@@ -277,14 +277,14 @@ def test_the_order_of_the_examples_does_not_matter():
 # ------------------------------------------------------------------------------------------------------- executors
 
 
-def private_step(net, bound=0.5, method="auto"):
+def private_step(net, bound=0.5, method="auto", microbatch=None):
     """One private step without noise; shows each example's norm and loss at the place of its index."""
 
     def step(state, batch, *, axis_name=None):
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i))(batch["index"])
         example = {"x": batch["x"], "y": batch["y"]}
 
-        clip = clipped_grads(make_loss(net), clip_norm=bound, method=method)
+        clip = clipped_grads(make_loss(net), clip_norm=bound, method=method, microbatch=microbatch)
         grads, aux = clip(state, example, batch["mask"], keys, axis_name)
         grads = parallel.psum(grads, axis_name)
         place = (batch["index"][:, None] == jnp.arange(ROWS)[None]).astype(jnp.float32)
@@ -437,7 +437,8 @@ def test_per_example_convolutions_under_the_compiler_are_refused():
 
         return jax.lax.scan(body, state, length=2)[0], {}
 
-    for step, how in ((inner, "jit"), (looped, "jit"), (inner, "explicit")):
+    in_parts = private_step("conv", method="vmap", microbatch=2)
+    for step, how in ((inner, "jit"), (looped, "jit"), (in_parts, "jit"), (inner, "explicit")):
         with pytest.raises(ValueError, match="per-example gradients of the kernel of a convolution.*how='shard_map'"):
             parallel.compile_step(step, how=how, mesh=parallel.make_mesh(4))(params, batch)
 
