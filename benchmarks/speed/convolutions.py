@@ -1,8 +1,8 @@
 """Which form of a convolution is fastest inside a loop: the measurements behind `core.convolution.choose`.
 
-For the convolutions of `cnn_small` and PreAct-ResNet-18, forward and input gradient, inside a compiled loop: as XLA
-finds it (`plain`), in each form of `core.FORMS`, and compiled alone outside any loop (`alone`). Prints milliseconds and
-stores them.
+For the convolutions of `cnn_small`, `odenet_mnist` and PreAct-ResNet-18, forward and both gradients, inside a compiled
+loop: as XLA finds it (`plain`), in each form of `core.FORMS`, and compiled alone outside any loop (`alone`). Prints
+milliseconds and stores them.
 
 Usage: python benchmarks/speed/convolutions.py [--rounds 5] [--batch N] [--only resnet]
 """
@@ -26,6 +26,8 @@ import harness
 CASES = {
     "cnn_small.1": (478, 28, 1, 16, 4, 2, 1),
     "cnn_small.2": (478, 14, 16, 32, 4, 2, 1),
+    "odenet.1": (128, 26, 64, 64, 4, 2, 1),
+    "odenet.field": (128, 6, 64, 64, 3, 1, 1),
     "resnet.stem": (64, 32, 3, 64, 3, 1, 1),
     "resnet.1": (64, 32, 64, 64, 3, 1, 1),
     "resnet.2.down": (64, 32, 64, 128, 3, 2, 1),
@@ -39,31 +41,46 @@ CASES = {
 REPEATS = 4
 
 
-def contenders(case, backward: bool):
-    """Return blocking calls of one convolution (or its input gradient) in each form."""
+DIRECTIONS = ("forward", "input gradient", "kernel gradient")
+
+
+def contenders(case, direction: str):
+    """Return blocking calls of one convolution or one of its gradients in each form; all operands are arguments.
+
+    An operand that the compiler knows would be prepared before the loop, and the form look faster than it is.
+    """
     b, h, c, o, k, s, p = case
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(b, h, h, c)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(k, k, c, o)), jnp.float32)
 
-    def forward(x):
+    def forward(x, w):
         return lax.conv_general_dilated(x, w, (s, s), ((p, p), (p, p)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    given = jax.jit(forward)(x) if backward else x
-    once = (lambda g: jax.linear_transpose(forward, x)(g)[0]) if backward else forward
+    slope = jax.jit(forward)(x, w)
+    once, given = {
+        "forward": (forward, (x, w)),
+        "input gradient": (lambda g, w: jax.linear_transpose(lambda x: forward(x, w), x)(g)[0], (slope, w)),
+        "kernel gradient": (lambda x, g: jax.linear_transpose(lambda w: forward(x, w), w)(g)[0], (x, slope)),
+    }[direction]
 
     def looped(fn):
         def body(_, carry):
             inside, last = carry
-            return inside + last * 1e-30, fn(inside).ravel()[0]
+            moving = inside if direction == "kernel gradient" else inside[:1]  # weights rest during an attack
+            moving = tuple(a + last * 1e-30 for a in moving)
+            inside = (*moving, *inside[len(moving) :])
+            return inside, fn(*inside).ravel()[0]
 
-        run = jax.jit(lambda g: lax.fori_loop(0, REPEATS, body, (g, jnp.float32(0)))[1])
-        return lambda: run(given).block_until_ready()
+        run = jax.jit(lambda *given: lax.fori_loop(0, REPEATS, body, (given, jnp.float32(0)))[1])
+        return lambda: run(*given).block_until_ready()
 
     alone = jax.jit(once)
-    calls = {"plain": looped(once), "chosen": looped(core.canonical(once, enabled=True))}
+    calls = {"chosen": looped(core.canonical(once, enabled=True))}
+    if direction != "kernel gradient":  # takes seconds for large ones as the compiler finds it in a loop
+        calls["plain"] = looped(once)
     calls |= {form: looped(core.canonical(once, enabled=True, form=form)) for form in core.FORMS}
-    return calls | {"alone": lambda: [alone(given).block_until_ready() for _ in range(REPEATS)]}
+    return calls | {"alone": lambda: [alone(*given).block_until_ready() for _ in range(REPEATS)]}
 
 
 def main() -> None:
@@ -81,12 +98,11 @@ def main() -> None:
             continue
         case = (args.batch or case[0], *case[1:])
         name = f"{name} x {case[0]}"
-        for backward in (False, True):
-            times = harness.side_by_side(contenders(case, backward), args.rounds)
-            direction = "input gradient" if backward else "forward"
+        for direction in DIRECTIONS:
+            times = harness.side_by_side(contenders(case, direction), args.rounds)
             ms = {k: 1e3 * v["median"] / REPEATS for k, v in times.items()}
             record[f"{name} {direction}"] = ms
-            rows.append([name, direction, *(f"{ms[k]:.1f}" for k in rows[0][2:])])
+            rows.append([name, direction, *(f"{ms[k]:.1f}" if k in ms else "" for k in rows[0][2:])])
     print(harness.table(rows))
     print(f"stored in {harness.store('convolutions', {'milliseconds': record, 'environment': harness.environment()})}")
 
