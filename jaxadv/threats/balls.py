@@ -154,7 +154,8 @@ class Ball(Threat):
     def _project_l1(self, point, x, eps, low, high):
         want = point - x
         size, room = jnp.abs(want), jnp.where(want > 0, high - x, x - low)
-        return jnp.sign(want) * jnp.clip(size - _shrinkage(size, room, eps), 0, room)
+        most = jnp.minimum(room, eps)  # what `size` loses to rounding from one fused pass to the next stays within
+        return jnp.sign(want) * jnp.clip(size - _shrinkage(size, room, eps), 0, most)
 
     def _project_l0(self, point, x, eps, low, high):
         inside = jnp.clip(point, low, high)
