@@ -7,7 +7,7 @@ PyTorch's own plain step; layers that it has no rules for, as standardized convo
 functorch. A peer that is not installed is a printed line.
 
 Usage: python benchmarks/speed/privacy.py [--nets cnn_small wrn_16_4] [--methods auto] [--batch N] [--rounds 5]
-       [--microbatch 8] [--smoke]
+       [--microbatch 8 64] [--smoke]
 """
 
 import argparse
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
 from jaxadv import core, models, privacy
 from jaxadv.privacy.methods import METHODS
@@ -64,19 +63,18 @@ def steps(net, size: int, methods, microbatch):
         return jax.tree.map(lambda p, g: p - RATE * g, params, grads)
 
     def noisy(params, sums, key):
-        flat, back = ravel_pytree(sums)  # one draw: a draw for each leaf takes seconds to compile
-        return move(params, back((flat + BOUND * NOISE * jax.random.normal(key, flat.shape)) / size))
+        return move(params, jax.tree.map(lambda s: s / size, privacy.add_noise(key, sums, BOUND * NOISE)))
 
     made = {"plain": lambda params, batch, key: move(params, core.canonical(jax.grad(mean))(params, batch))}
     for method in methods:
-        for rows in {None, microbatch}:
+        for rows in (None, *microbatch):
             clip = privacy.clipped_grads(one, clip_norm=BOUND, method=method, microbatch=rows)
             name = method if rows is None else f"{method}, {rows} at a time"
             made[name] = lambda params, batch, key, clip=clip: noisy(params, clip(params, batch)[0], key)
     if importlib.util.find_spec("jax_privacy"):
         from jax_privacy import clipping
 
-        peer = clipping.clipped_grad(one, l2_clip_norm=BOUND, keep_batch_dim=False, microbatch_size=microbatch)
+        peer = clipping.clipped_grad(one, l2_clip_norm=BOUND, keep_batch_dim=False, microbatch_size=microbatch[0])
         made["jax-privacy"] = lambda params, batch, key: noisy(params, peer(params, batch), key)
     else:
         print('jax-privacy is not installed: pip install "jaxadv[privacy]"')
@@ -234,7 +232,9 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--microbatch", type=int, default=8, help="also so many rows at a time")
+    parser.add_argument(
+        "--microbatch", nargs="+", type=int, default=[8, 64], help="also so many rows at a time; jax-privacy the first"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="tiny networks, nothing is stored")
     args = parser.parse_args()

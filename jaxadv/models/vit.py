@@ -60,12 +60,14 @@ class Attention(nnx.Module):
         self.heads = heads
 
     def __call__(self, x):
-        """Mix the positions of `x` `[b, t, c]`."""
-        b, t, c = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, t, 3, self.heads, c // self.heads), 2, 0)
-        scores = jnp.einsum("bthd,bshd->bhts", q, k) * (c // self.heads) ** -0.5
-        weights = jax.nn.softmax(scores.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
-        return self.out(jnp.einsum("bhts,bshd->bthd", weights, v).reshape(b, t, c))
+        """Mix the positions of `x` `[b, t, c]`, head by head: each is a cut of channels, so nothing is transposed."""
+        parts = jnp.split(self.qkv(x), 3 * self.heads, axis=-1)
+        queries, keys, values = (parts[i * self.heads : (i + 1) * self.heads] for i in range(3))
+        wide, mixed = jnp.promote_types(x.dtype, jnp.float32), []
+        for q, k, v in zip(queries, keys, values):
+            scores = jnp.einsum("btd,bsd->bts", q, k) * q.shape[-1] ** -0.5
+            mixed.append(jax.nn.softmax(scores.astype(wide)).astype(x.dtype) @ v)
+        return self.out(jnp.concatenate(mixed, axis=-1))
 
 
 class EncoderBlock(nnx.Module):
