@@ -9,9 +9,9 @@ import pytest
 from jax import lax
 
 from benchmarks.parity import autoattack as parity
-from jaxadv.attacks import Affine, ddn, jsma, universal, worst_of
+from jaxadv.attacks import Affine, carlini, ddn, ead, jsma, universal, worst_of
 from jaxadv.core import Targets
-from jaxadv.threats import behind, l0, l2, linf, semantic
+from jaxadv.threats import behind, l0, l1, l2, linf, semantic
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NET = "mnist_standard"
@@ -59,9 +59,13 @@ def test_a_universal_perturbation_fools_as_many_as_that_of_art():
     assert np.mean(ours) >= SHARE * theirs["universal/linf"].mean() > 0
 
 
+ELASTIC: dict = {"steps": 100, "rounds": 6, "constant": 0.1, "beta": 0.01, "abort": False}
 NEAREST = {  # attack, how many examples
     "jsma/l0": (jsma(l0(784.0), steps=40), 25),
     "ddn/l2": (ddn(l2(1e3), steps=100), 50),
+    "carlini/l2": (carlini(l2(1e3), steps=100, rounds=1, constant=10.0, abort=False), 50),
+    "ead/l1": (ead(l1(1e3), **ELASTIC), 50),
+    "ead/en": (ead(l1(1e3), rule="en", **ELASTIC), 50),
 }
 
 
@@ -72,6 +76,8 @@ def test_distances_are_those_of_torchattacks_and_adv_lib_or_smaller(search):
     model, x, y, found = stored()
     x, y, theirs = x[:rows], y[:rows], np.sort(found[search][:rows])
     got = go(attack, model, x, Targets(y, (y + 1) % 10) if search == "jsma/l0" else y)
-    ours, count = np.sort(np.where(got.success, got.size, np.inf)), np.isfinite(theirs).sum()
+    move = np.asarray(got.x - x).reshape(rows, -1)
+    size = got.size if search != "ead/en" else (move**2).sum(1) + ELASTIC["beta"] * np.abs(move).sum(1)
+    ours, count = np.sort(np.where(got.success, size, np.inf)), np.isfinite(theirs).sum()
     assert count > 10 and np.isfinite(ours).sum() >= SHARE * count
     assert ours[count // 2] <= 1.02 * theirs[count // 2]
