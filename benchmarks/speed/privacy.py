@@ -67,7 +67,7 @@ def steps(net, size: int, methods, microbatch):
 
     made = {"plain": lambda params, batch, key: move(params, core.canonical(jax.grad(mean))(params, batch))}
     for method in methods:
-        for rows in (None, *microbatch):
+        for rows in (None, *(rows for rows in microbatch if rows < size)):
             clip = privacy.clipped_grads(one, clip_norm=BOUND, method=method, microbatch=rows)
             name = method if rows is None else f"{method}, {rows} at a time"
             made[name] = lambda params, batch, key, clip=clip: noisy(params, clip(params, batch)[0], key)
